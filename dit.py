@@ -8,12 +8,10 @@ first; nothing else of this project is needed to understand this file. What happ
     for every block, with (shift, scale, gate) x 2 = Linear(SiLU(c)):                    adaLN-Zero, figure 3
         tokens = tokens + gate_1 * Attention((1 + scale_1) * LayerNorm(tokens) + shift_1)
         tokens = tokens + gate_2 * MLP      ((1 + scale_2) * LayerNorm(tokens) + shift_2)
-    output = unpatchify(Linear((1 + scale) * LayerNorm(tokens) + shift))                 noise (and variance) per pixel
+    output = unpatchify(Linear((1 + scale) * LayerNorm(tokens) + shift))        noise (and variance) per pixel
 
 Parameter names and shapes are those of the official code, so official weights load as they are.
 
-    python dit.py                                           the twelve models: parameters, Gflops, the paper's figures
-    python dit.py convert SRC DST                           DST: .safetensors (ours), .pt (official), else a diffusers folder
 """
 
 import json
@@ -132,7 +130,7 @@ class Mlp(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """A transformer block with adaLN-Zero conditioning (section 3.2): gates start at zero, so it starts as the identity."""
+    """A transformer block with adaLN-Zero conditioning (section 3.2); zero gates: it starts as the identity."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio):
         super().__init__()
@@ -250,8 +248,8 @@ class DiT(nn.Module):
     def forward(self, x, t, y, drop=None):
         """Predict the noise in x, and with learn_sigma the variance's interpolation (IDDPM, equation 15).
 
-        x (N, C, H, W) float; t (N,) original timesteps, fractional ones allowed; y (N,) int64 labels, num_classes is the
-        null label; drop (N,) bool: whose labels to hide (None: drawn at random while training). Returns (N, C, H, W), or
+        x (N, C, H, W) float; t (N,) original timesteps, fractional ones allowed; y (N,) int64, num_classes is the
+        null label; drop (N,) bool: whose labels to hide (None: at random in training). Returns (N, C, H, W), or
         (N, 2C, H, W) with learn_sigma. Raises InputError if x is not input_size x input_size with C channels.
         """
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
@@ -290,7 +288,7 @@ class DiT(nn.Module):
 
 
 def sincos_positions(hidden_size, side):
-    """Fixed 2-D position embeddings, (side * side, hidden_size): the first half encodes the column, the second the row."""
+    """Fixed 2-D position embeddings, (side * side, hidden_size): first half the column, second half the row."""
     quarter = hidden_size // 4
     omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
     angles = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega  # (side, D/4)
@@ -320,7 +318,7 @@ def _checksum(state_dict):
 
 
 def write_atomically(path, write):
-    """Call write(temporary_path), flush it to the disk, then rename it to path: the file appears whole or not at all."""
+    """Call write(temporary_path), flush, then rename it to path: the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")

@@ -25,7 +25,7 @@ from sample_grid import Autoencoder, add_sampling_args, sample_images, sampling_
 
 
 def center_crop_arr(pil_image, image_size):
-    """ADM's crop: halve by box filter while the short side is at least twice the size, then bicubic to it, then the centre.
+    """ADM's crop: halve by box filter while twice too large, then bicubic to size, then the centre.
 
     Returns a uint8 array (image_size, image_size, 3).
     """
@@ -126,7 +126,7 @@ def compute_statistics(features):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(s1 + s2 - 2 (s1 s2)^(1/2)), the trace of the root as the sum of singular values of root(s1) root(s2)."""
+    """|mu1 - mu2|^2 + tr(s1 + s2 - 2 (s1 s2)^(1/2)), the root's trace as the singular values' sum."""
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(np.asarray(x, dtype=np.float64)) for x in (mu1, sigma1, mu2, sigma2))
 
     def root(sigma):
@@ -157,7 +157,7 @@ def _radii(features, k):
 
 
 def precision_recall(real, fake, k=3):
-    """Improved precision and recall (Kynkaanniemi et al., 2019): shares of fake inside real's balls, and the reverse."""
+    """Improved precision and recall (Kynkaanniemi et al., 2019): fake inside real's balls, and the reverse."""
     distances = _distances(real, fake)  # (R, F)
     precision = (distances <= _radii(real, k)[:, None]).any(0).double().mean()
     recall = (distances <= _radii(fake, k)[None, :]).any(1).double().mean()

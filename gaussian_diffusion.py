@@ -1,6 +1,6 @@
-"""The diffusion process: noise schedules, the training loss, and three samplers. Read it after, or before, dit.py.
+"""The diffusion process: noise schedules, the training loss, and three samplers. Read dit.py first.
 
-Papers: DDPM (Ho et al., 2020), IDDPM (Nichol & Dhariwal, 2021), DDIM (Song et al., 2021), DPM-Solver++ (Lu et al., 2022).
+DDPM (Ho et al., 2020), IDDPM (Nichol & Dhariwal, 2021), DDIM (Song et al., 2021), DPM-Solver++ (Lu et al., 2022).
 With alpha_t = 1 - beta_t and abar_t = alpha_1 ... alpha_t, eps a standard normal:
 
     q(x_t | x_0)         x_t  = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                             DDPM (4)
@@ -11,8 +11,8 @@ With alpha_t = 1 - beta_t and abar_t = alpha_1 ... alpha_t, eps a standard norma
     learned variance     Sigma = exp(v log beta_t + (1 - v) log beta~_t)                            IDDPM (15)
     loss                 |eps - eps_theta|^2 + L_vb, where L_vb trains v alone                      IDDPM (16)
 
-Time steps count from 0 (least noise) to num_timesteps - 1. Respacing keeps a subset of the original 1000 steps and joins
-what lies between, so the shortened process agrees with the long one where both exist (IDDPM, section 4).
+Time steps count from 0 (least noise) to num_timesteps - 1. Respacing keeps a subset of the original 1000 steps and
+joins what lies between, so the shortened process agrees with the long one where both exist (IDDPM, section 4).
 """
 
 import math
@@ -38,8 +38,8 @@ def get_named_beta_schedule(name, num_timesteps):
 def space_timesteps(num_timesteps, section_counts):
     """The original steps to keep, a sorted list of ints. section_counts says how many:
 
-    "" all; "250" spread evenly from first to last; "10,15,20" that many from each equal section; "ddim50" 50 steps with a
-    fixed integer stride from step 0 (DDIM, appendix D.3). Raises ValueError when there are not so many steps.
+    "" all; "250" spread evenly from first to last; "10,15,20" that many from each equal section; "ddim50" 50 steps with
+    a fixed integer stride from step 0 (DDIM, appendix D.3). Raises ValueError when there are not so many steps.
     """
     if section_counts == "":
         return list(range(num_timesteps))
@@ -76,7 +76,7 @@ class GaussianDiffusion:
 
     In every method x is (N, C, H, W), t is an int64 tensor (N,) of steps of this (respaced) process, and `model` is a
     callable model(x, t, **model_kwargs) that gets original timesteps. model_kwargs is a dict, or in the sampling loops
-    also a function of the step's index that returns one (so guidance may depend on the step without reading the device).
+    also a function of the step's index that returns one, so guidance may depend on the step.
     """
 
     def __init__(self, betas, timestep_map, learn_sigma=True):
@@ -160,7 +160,7 @@ class GaussianDiffusion:
     # ---------------------------------------------------------------- training
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
-        """Per-sample losses (N,): mse of the noise, vb in bits per dimension (with learn_sigma), and loss, their sum."""
+        """Per-sample losses (N,): mse of the noise, vb in bits per dimension (with learn_sigma), loss, their sum."""
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
         output = self._call(model, x_t, t, model_kwargs).float()
@@ -174,7 +174,7 @@ class GaussianDiffusion:
         return terms
 
     def _vb_bits(self, output, x_start, x_t, t):
-        """A term of the variational bound, bits per dimension (N,): KL(q || p), DDPM (5), or at t = 0 the likelihood."""
+        """A term of the variational bound, bits per dimension (N,): KL(q || p), DDPM (5); at t = 0 the likelihood."""
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         p = self._predict(output, x_t, t, clip_denoised=False)
         gap = p["log_variance"] - true_log_variance
@@ -194,7 +194,7 @@ class GaussianDiffusion:
     def p_sample_loop(self, model, noise, model_kwargs=None, clip_denoised=False, step_noise=None, on_step=None):
         """DDPM, algorithm 2: from noise x_T (N, C, H, W) to samples of the same shape.
 
-        step_noise(i, x) returns step i's noise (None: torch.randn_like); on_step(i, x, pred_xstart) is called after each.
+        step_noise(i, x) returns step i's noise (None: torch.randn_like); on_step(i, x, pred_xstart) follows each.
         """
         x = noise
         for i, t, kwargs in self._steps(model, x, model_kwargs):
@@ -247,7 +247,7 @@ class GaussianDiffusion:
 
 
 def discretized_gaussian_log_likelihood(x, mean, log_scale):
-    """log p of 8-bit data x, scaled to [-1, 1], under a Gaussian integrated over each level's bin: DDPM (13). (N, C, H, W)."""
+    """log p of 8-bit data x in [-1, 1] under a Gaussian integrated over each level's bin: DDPM (13)."""
 
     def cdf(z):  # the tanh approximation of the normal cdf that the official code uses
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))

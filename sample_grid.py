@@ -1,6 +1,6 @@
 """From noise to pictures: the VAE, sampling with guidance, and grids. Read dit.py and gaussian_diffusion.py first.
 
-python sample_grid.py --ckpt results/digits-DiT-Ti-2                            the digits demo's grid, one column a class
+python sample_grid.py --ckpt results/digits-DiT-Ti-2        the digits demo's grid, one column a class
 python sample_grid.py --ckpt RUN_OR_FILE --class-labels 207,360 --cfg-scale 4 --sampler dpm++ --num-sampling-steps 20
 """
 
@@ -51,7 +51,7 @@ class Autoencoder:
         return cls(vae.to(device).eval().requires_grad_(False), name)
 
     def encode(self, images):
-        """uint8 images (N, 3, H, W) -> moments: (N, 2C, h, w) mean and log-variance, or the pixels where there is no VAE."""
+        """uint8 images (N, 3, H, W) -> moments: (N, 2C, h, w) mean and log-variance; the pixels without a VAE."""
         x = images.float() / 127.5 - 1
         return x[:, : self.channels] if self.vae is None else self.vae.encode(x).latent_dist.parameters
 
@@ -76,7 +76,7 @@ class Autoencoder:
 def sample_images(
     model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler="ddpm", eta=0.0, cfg_channels=None, on_step=None
 ):
-    """Images of the labels y (N,): uint8 (N, 3, H, W). All noise of image i comes from seeds[i], whatever else is drawn."""
+    """Images of the labels y (N,): uint8 (N, 3, H, W). All noise of image i comes from seeds[i]."""
     device = y.device
     generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
     shape = (model.in_channels, model.input_size, model.input_size)
@@ -103,7 +103,7 @@ def sample_images(
 
 
 def save_grid(images, path, nrow, labels=None, metadata=None):
-    """Write uint8 images (N, 3, H, W) as one picture, nrow a row, labels (N strings) above them; small ones are enlarged."""
+    """Write uint8 images (N, 3, H, W) as one picture, nrow a row, labels above; small ones are enlarged."""
     images = images.permute(0, 2, 3, 1).cpu().numpy()
     n, height, width, _ = images.shape
     zoom, gap, text = max(1, 64 // width), 2, 12 if labels else 0
@@ -156,7 +156,7 @@ def add_sampling_args(parser):
 def sampling_settings(args, model, cfg_scale):
     """The diffusion process and the keyword arguments of sample_images that the sampling flags ask for.
 
-    Unset flags take what the model's metadata suggest ("sampling": num_sampling_steps, cfg_scale), else 250 and cfg_scale.
+    Unset flags take what the model's metadata suggest ("sampling"), else 250 and cfg_scale.
     """
     suggested = model.metadata.get("sampling", {})
     steps = args.num_sampling_steps or suggested.get("num_sampling_steps", 250)

@@ -1,12 +1,12 @@
 """Train a DiT: data -> latents -> noise -> loss -> weights, on one CPU or many GPUs. Read evaluate.py first.
 
-    accelerate launch train_accelerate.py                                      digits, a tiny DiT, two CPU cores, two minutes
+    accelerate launch train_accelerate.py                            digits, a tiny DiT, two CPU cores, two minutes
     accelerate launch train_accelerate.py --data-path FOLDER --model DiT-B/4   your pictures, in class folders
     torchrun --nproc_per_node 2 train_accelerate.py                            two processes on a CPU
 
 One step, with images x, labels y, the process of gaussian_diffusion.py and the network eps_theta of dit.py:
 
-    t ~ uniform steps, eps ~ normal        both, like all else that is random, functions of (seed, step, index in the batch)
+    t ~ uniform steps, eps ~ normal        both functions of (seed, step, index in the batch)
     x_t  = q_sample(latents(x), t, eps)
     loss = mean |eps - eps_theta(x_t, t, y)|^2 + L_vb
     AdamW step;  ema = decay * ema + (1 - decay) * weights
