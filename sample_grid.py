@@ -6,6 +6,8 @@ python sample_grid.py --ckpt RUN_OR_FILE --class-labels 207,360 --cfg-scale 4 --
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,16 @@ from gaussian_diffusion import create_diffusion
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 OFFICIAL_LABELS = "207,360,387,974,88,979,417,279"
+
+
+def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
+    """Accelerate's Accelerator, with TF32 as asked and all cores for a lone CPU process; kwargs go to Accelerator."""
+    accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # the API that torch.compile reads
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if launched and accelerator.num_processes == 1 and accelerator.device.type == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # `accelerate launch` left one thread; 2 and more are a choice
+    return accelerator
 
 
 class Autoencoder:
@@ -73,32 +85,37 @@ class Autoencoder:
 
 
 @torch.no_grad()
-def sample_images(
-    model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler="ddpm", eta=0.0, cfg_channels=None, on_step=None
-):
-    """Images of the labels y (N,): uint8 (N, 3, H, W). All noise of image i comes from seeds[i]."""
-    device = y.device
-    generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler="ddpm", eta=0.0, cfg_channels=None,
+                  guidance_interval=None, dtype="fp32", on_step=None):
+    """Images of the labels y (N,), int64 on the model's device: uint8 (N, 3, H, W).
+
+    All noise of image i comes from seeds[i], drawn on the CPU: the same picture on every device, up to rounding.
+    guidance_interval (low, high): guide only at noise levels sqrt((1 - abar) / abar) between the two, where it helps
+    (Kynkaanniemi et al., 2024); elsewhere a step costs one pass in place of two. dtype "bf16" runs the network in
+    bfloat16 autocast; the process and the VAE stay float32. on_step(i, x, pred_xstart) is called after each step.
+    """
     shape = (model.in_channels, model.input_size, model.input_size)
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    low, high = guidance_interval or (0.0, float("inf"))
 
     def step_noise(i=None, x=None):
-        return torch.stack([torch.randn(shape, generator=g, device=device) for g in generators])
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        return noise.pin_memory().to(y.device, non_blocking=True) if y.is_cuda else noise.to(y.device)
 
-    kwargs = dict(
-        model_kwargs=dict(y=y, cfg_scale=cfg_scale, cfg_channels=cfg_channels),
-        clip_denoised=vae.vae is None,
-        on_step=on_step,
-    )
+    def network(x, t, **kwargs):
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            return model.forward_with_cfg(x, t, **kwargs)
+
+    def model_kwargs(i):
+        return dict(y=y, cfg_scale=cfg_scale if low <= diffusion.sigmas[i] <= high else 1.0, cfg_channels=cfg_channels)
+
+    kwargs = dict(model_kwargs=model_kwargs, clip_denoised=vae.vae is None, on_step=on_step)
     if sampler == "ddpm":
-        latents = diffusion.p_sample_loop(model.forward_with_cfg, step_noise(), step_noise=step_noise, **kwargs)
+        latents = diffusion.p_sample_loop(network, step_noise(), step_noise=step_noise, **kwargs)
     elif sampler == "ddim":
-        latents = diffusion.ddim_sample_loop(
-            model.forward_with_cfg, step_noise(), eta=eta, step_noise=step_noise, **kwargs
-        )
-    elif sampler == "dpm++":
-        latents = diffusion.dpm_solver_sample_loop(model.forward_with_cfg, step_noise(), **kwargs)
+        latents = diffusion.ddim_sample_loop(network, step_noise(), step_noise=step_noise, eta=eta, **kwargs)
     else:
-        raise InputError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        latents = diffusion.dpm_solver_sample_loop(network, step_noise(), **kwargs)
     return vae.decode(latents)
 
 
@@ -133,36 +150,57 @@ def class_grid(model, diffusion, vae, per_class, seed, device, **sampling):
 
 
 def add_sampling_args(parser):
-    """The sampling flags, the same in all three command lines. A default of None is filled in from the model's data."""
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--sampler", choices=SAMPLERS, default="ddpm", help="how to walk from noise to image (default: %(default)s)"
-    )
-    group.add_argument(
-        "--num-sampling-steps", type=int, default=None, help="steps of the sampler (default: 50 for digits, else 250)"
-    )
-    group.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM (default: %(default)s)")
-    group.add_argument(
-        "--cfg-scale", type=float, default=None, help="guidance scale, 1 is off (default: 1.5 for digits, 4 for grids)"
-    )
-    group.add_argument(
-        "--cfg-channels",
-        type=int,
-        default=None,
-        help="guide only the first channels; the official code's behaviour is 3 (default: all)",
-    )
+    """The flags that all three command lines share: sampling and precision. None: filled in from the model's data."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--sampler", choices=SAMPLERS, default="ddpm", help="how to walk from noise to image (default: %(default)s)")
+    add("--num-sampling-steps", type=int, help="steps of the sampler, 1 to 1000 (default: 50 for digits, else 250)")
+    add("--eta", type=float, help="noise of --sampler ddim: 0 none, 1 as much as DDPM (default: 0)")
+    add("--cfg-scale", type=float, help="guidance scale; 1.0 is off, and 0 is not: it ignores the class "
+        "(default: 1.5 for digits, else 4.0 for pictures and 1.0 for figures)")
+    add("--cfg-channels", type=int, metavar="N", help="guide the first N channels only; 3 is what the official code "
+        "does (default: all)")
+    add("--guidance-interval", type=parse_interval, metavar="LOW,HIGH", help="guide only at noise levels "
+        "sigma = sqrt((1-abar)/abar) from LOW to HIGH; the process has 0.01 to 157 (default: all)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="the network's precision while sampling; bf16 is "
+        "autocast (default: %(default)s)")
+    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TensorFloat-32 matrix products on NVIDIA "
+        "GPUs: faster, ten bits of mantissa")
+
+
+def parse_interval(text):
+    """"0.3,5" -> [0.3, 5.0]; ValueError for anything else."""
+    low, high = (float(value) for value in text.split(","))
+    if not 0 <= low <= high:
+        raise ValueError
+    return [low, high]
 
 
 def sampling_settings(args, model, cfg_scale):
     """The diffusion process and the keyword arguments of sample_images that the sampling flags ask for.
 
-    Unset flags take what the model's metadata suggest ("sampling"), else 250 and cfg_scale.
+    Unset flags take what the model's metadata suggest ("sampling"), else 250 and cfg_scale. InputError for settings
+    that the model or the schedule cannot do, and for flags that would do nothing.
     """
     suggested = model.metadata.get("sampling", {})
-    steps = args.num_sampling_steps or suggested.get("num_sampling_steps", 250)
-    scale = suggested.get("cfg_scale", cfg_scale) if args.cfg_scale is None else args.cfg_scale
-    diffusion = create_diffusion(str(steps), learn_sigma=model.learn_sigma)
-    return diffusion, dict(cfg_scale=scale, sampler=args.sampler, eta=args.eta, cfg_channels=args.cfg_channels)
+    steps = suggested.get("num_sampling_steps", 250) if args.num_sampling_steps is None else args.num_sampling_steps
+    can_guide = model.class_dropout_prob > 0
+    scale = args.cfg_scale
+    if scale is None:
+        scale = suggested.get("cfg_scale", cfg_scale) if can_guide else 1.0
+    if scale != 1 and not can_guide:
+        raise InputError(f"--cfg-scale {scale} needs a model trained with label dropout: use --cfg-scale 1.0")
+    if scale < 1 and int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: --cfg-scale {scale} weakens the class; guidance is off at 1.0, not at 0", file=sys.stderr)
+    if args.cfg_channels is not None and not 1 <= args.cfg_channels <= model.in_channels:
+        raise InputError(f"--cfg-channels {args.cfg_channels}: this model has {model.in_channels} channels")
+    if args.eta is not None and args.sampler != "ddim":
+        raise InputError(f"--eta does nothing with --sampler {args.sampler}: use --sampler ddim")
+    try:
+        diffusion = create_diffusion(str(steps), learn_sigma=model.learn_sigma)
+    except ValueError as error:
+        raise InputError(f"--num-sampling-steps {steps}: {error}") from error
+    return diffusion, dict(cfg_scale=scale, sampler=args.sampler, eta=args.eta or 0.0, cfg_channels=args.cfg_channels,
+                           guidance_interval=args.guidance_interval, dtype=args.dtype)
 
 
 def parse_args(argv=None):
@@ -181,7 +219,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    device = Accelerator().device
+    device = make_accelerator(tf32=args.tf32).device
     model = load_checkpoint(args.ckpt, device)
     vae = Autoencoder.load(args.vae or model.metadata.get("vae", "ema"), device, model.in_channels)
     diffusion, sampling = sampling_settings(args, model, cfg_scale=4.0)
