@@ -26,9 +26,10 @@ def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
     """Accelerate's Accelerator, with TF32 as asked and all cores for a lone CPU process; kwargs go to Accelerator."""
     accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # the API that torch.compile reads
+    # `accelerate launch` leaves one thread unless told otherwise; any other number was somebody's choice
     launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if launched and accelerator.num_processes == 1 and accelerator.device.type == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # `accelerate launch` left one thread; 2 and more are a choice
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     return accelerator
 
 
@@ -164,7 +165,7 @@ def add_sampling_args(parser):
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="the network's precision while sampling; bf16 is "
         "autocast (default: %(default)s)")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TensorFloat-32 matrix products on NVIDIA "
-        "GPUs: faster, ten bits of mantissa")
+        "GPUs: faster, ten bits of mantissa (default: on)")
 
 
 def parse_interval(text):
