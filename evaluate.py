@@ -21,6 +21,8 @@ from rich.table import Table
 from dit import InputError, load_checkpoint, run_command, write_atomically
 from sample_grid import Autoencoder, add_sampling_args, sample_images, sampling_settings
 
+METRICS = ("fid", "sfid", "is", "pr", "kid", "dc")
+
 # ------------------------------------------------------------------------------------------------ images
 
 
@@ -38,15 +40,24 @@ def center_crop_arr(pil_image, image_size):
     return array[top : top + image_size, left : left + image_size]
 
 
+class BrokenImage(InputError):
+    """An image that cannot be decoded, named in one line, also when it comes out of a DataLoader worker."""
+
+    def __init__(self, message):
+        super().__init__(message.strip().splitlines()[-1].removeprefix("evaluate.BrokenImage: "))
+
+
 class ImageData(torch.utils.data.Dataset):
     """Images of one size with labels. `data[index]` or `data[index, mirror]` -> (uint8 (3, S, S), label).
 
-    name: for folders and files; class_names: list of str; labels: list of int; channels: 1 if all images are gray.
+    name: for folders and files; labels: list of int; class_names: list of str, None for data without labels, which are
+    all of class 0; num_classes: 1 then; channels: 1 if all images are gray. Raises BrokenImage.
     """
 
     def __init__(self, name, images, labels, class_names, image_size, channels=3):
         self.name, self.images, self.labels, self.class_names = name, images, labels, class_names
         self.image_size, self.channels = image_size, channels
+        self.num_classes = len(class_names) if class_names else 1
 
     def __len__(self):
         return len(self.labels)
@@ -59,7 +70,15 @@ class ImageData(torch.utils.data.Dataset):
         return torch.from_numpy(array.transpose(2, 0, 1).copy()), self.labels[index]
 
 
-def load_data(path, image_size=None):
+def add_data_args(parser):
+    """The flags that say what in a data set to read, the same in the trainer and the evaluator."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--image-column", default=None, help="column of the images (default: the only one of that kind)")
+    group.add_argument("--label-column", default=None, help="column of the labels (default: the only one of that kind)")
+    group.add_argument("--split", default="train", help="part of the data set (default: %(default)s)")
+
+
+def load_data(path, image_size=None, image_column=None, label_column=None, split="train"):
     """The data set of --data-path: "digits" or a folder of class folders. InputError when there is none."""
     if path == "digits":
         from sklearn.datasets import load_digits
@@ -71,7 +90,7 @@ def load_data(path, image_size=None):
         raise InputError(f"unknown data {path!r}: use digits or an existing folder of class folders")
     from datasets import load_dataset
 
-    data = load_dataset("imagefolder", data_dir=path, split="train")
+    data = load_dataset("imagefolder", data_dir=path, split=split)
     names = data.features["label"].names
     return ImageData(Path(path).resolve().name, data["image"], list(data["label"]), names, image_size or 256)
 
@@ -101,7 +120,7 @@ class EfficientNetLite0:
         return features, self.net._fc(features).softmax(dim=1)
 
 
-def load_features(name, device):
+def load_features(name, device, resize="adm"):
     """The feature network of --features. InputError for an unknown name."""
     if name == "efficientnet-lite0":
         return EfficientNetLite0(device)
@@ -184,14 +203,35 @@ def kernel_distance(real, fake, num_subsets=100, subset_size=1000, seed=2020):
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def compute_metrics(real, fake, network):
-    """All figures of two (features, probs) pairs, a flat dict."""
-    figures = {network.distance.lower(): frechet_distance(*compute_statistics(real[0]), *compute_statistics(fake[0]))}
-    figures["inception_score"], figures["inception_score_std"] = inception_score(fake[1])
-    figures["precision"], figures["recall"] = precision_recall(real[0], fake[0])
-    figures["kid"], figures["kid_std"] = kernel_distance(real[0], fake[0])
-    figures["density"], figures["coverage"] = density_coverage(real[0], fake[0])
-    return figures
+class FeatureSet:
+    """What the metrics need to know of a set of images: name, count, and their features and class probabilities."""
+
+    def __init__(self, name, pool, probs):
+        self.name, self.count, self.pool, self.probs = name, len(pool), pool, probs
+
+
+def reference_set(source, network, accelerator, metrics=METRICS, batch_size=256, num_workers=0):
+    """The FeatureSet of a data set, computed once; evaluate_model takes it any number of times."""
+    loader = torch.utils.data.DataLoader(source, batch_size, num_workers=num_workers)
+    return FeatureSet(source.name, *extract((images for images, _ in loader), network, accelerator.device))
+
+
+def compute_metrics(real, fake, network, metrics=METRICS):
+    """All figures of two feature sets, a flat dict."""
+    figures = {}
+    if "fid" in metrics:
+        figures[network.distance.lower()] = frechet_distance(
+            *compute_statistics(real.pool), *compute_statistics(fake.pool)
+        )
+    if "is" in metrics:
+        figures["inception_score"], figures["inception_score_std"] = inception_score(fake.probs)
+    if "pr" in metrics:
+        figures["precision"], figures["recall"] = precision_recall(real.pool, fake.pool)
+    if "kid" in metrics:
+        figures["kid"], figures["kid_std"] = kernel_distance(real.pool, fake.pool)
+    if "dc" in metrics:
+        figures["density"], figures["coverage"] = density_coverage(real.pool, fake.pool)
+    return figures | dict(features=network.name, num_samples=fake.count, num_reference=real.count)
 
 
 # ------------------------------------------------------------------------------------------------ generation
@@ -207,15 +247,22 @@ def generate(model, diffusion, vae, num_samples, accelerator, seed=0, batch_size
         yield sample_images(model, diffusion, vae, y, (seed + part).tolist(), **sampling)
 
 
-def evaluate(model, diffusion, vae, reference, num_samples, accelerator, features="efficientnet-lite0", **sampling):
-    """Generate, and compare with a data set: a flat dict of figures, on every rank."""
+def evaluate_model(
+    model, diffusion, vae, reference, network, num_samples, accelerator, metrics=METRICS, seed=0, batch_size=256,
+    label_mode="random", **sampling,
+):
+    """Generate num_samples images and compare them with a reference_set: a flat dict of figures, on every rank."""
+    batches = generate(model, diffusion, vae, num_samples, accelerator, seed, batch_size, **sampling)
+    fake = gather_object([extract(batches, network, accelerator.device)])
+    fake = FeatureSet("samples", *(torch.cat(parts) for parts in zip(*fake, strict=True)))
+    return compute_metrics(reference, fake, network, metrics) | dict(seed=seed, label_mode=label_mode)
+
+
+def evaluate(model, diffusion, vae, data, num_samples, accelerator, features="efficientnet-lite0", **settings):
+    """evaluate_model with a data set and the name of a feature network."""
     network = load_features(features, accelerator.device)
-    real = extract((x for x, _ in torch.utils.data.DataLoader(reference, 256)), network, accelerator.device)
-    fake = extract(generate(model, diffusion, vae, num_samples, accelerator, **sampling), network, accelerator.device)
-    fake = [torch.cat(parts) for parts in zip(*gather_object([fake]), strict=True)]
-    return compute_metrics(real, fake, network) | dict(
-        features=features, num_samples=num_samples, num_reference=len(reference)
-    )
+    reference = reference_set(data, network, accelerator)
+    return evaluate_model(model, diffusion, vae, reference, network, num_samples, accelerator, **settings)
 
 
 def print_figures(figures, title="Evaluation"):
