@@ -41,23 +41,26 @@ def space_timesteps(num_timesteps, section_counts):
     """The original steps to keep, ascending ints. section_counts, a string or a list of ints, says how many:
 
     "" all; "250" spread evenly from first to last; "10,15,20" that many from each equal section, the least noisy first;
-    "ddim50" 50 steps with an integer stride from step 0 (DDIM, appendix D.3). Raises ValueError for anything else, and
-    when there are not so many steps.
+    "ddim50" 50 steps with an integer stride from step 0 (DDIM, appendix D.3); "trailing20" spread evenly to the last,
+    starting one stride from no noise: for DPM-Solver++, which loses its order if its last stride, in log signal to
+    noise, is many times the one before. Raises ValueError for anything else, and when there are not so many steps.
     """
     if section_counts == "":
         return list(range(num_timesteps))
-    strided = isinstance(section_counts, str) and section_counts.startswith("ddim")
+    text = section_counts if isinstance(section_counts, str) else ",".join(map(str, section_counts))
+    kind = next((word for word in ("ddim", "trailing") if text.startswith(word)), "")
     try:
-        counts = section_counts.removeprefix("ddim").split(",") if isinstance(section_counts, str) else section_counts
-        counts = [int(count) for count in counts]
+        counts = [int(count) for count in text.removeprefix(kind).split(",")]
     except ValueError:
-        raise ValueError(f"respacing {section_counts!r} is none of '', '250', '10,15,20', 'ddim50'") from None
-    if strided:
+        raise ValueError(f"respacing {text!r} is none of '', '250', '10,15,20', 'ddim50', 'trailing20'") from None
+    if kind == "ddim":
         for stride in range(1, num_timesteps + 1):
             steps = list(range(0, num_timesteps, stride))
             if counts == [len(steps)]:
                 return steps
-        raise ValueError(f"respacing {section_counts!r}: no integer stride keeps so many of {num_timesteps} steps")
+        raise ValueError(f"respacing {text!r}: no integer stride keeps so many of {num_timesteps} steps")
+    if kind == "trailing" and counts[1:] == [] and 1 <= counts[0] <= num_timesteps:
+        return [num_timesteps * (k + 1) // counts[0] - 1 for k in range(counts[0])]
     size, extra = divmod(num_timesteps, len(counts))  # the first `extra` sections are one longer
     steps, start = [], 0
     for section, count in enumerate(counts):

@@ -1,25 +1,44 @@
 """From noise to pictures: the VAE, sampling with guidance, and grids. Read dit.py and gaussian_diffusion.py first.
 
-python sample_grid.py --ckpt results/digits-DiT-Ti-2        the digits demo's grid, one column a class
-python sample_grid.py --ckpt RUN_OR_FILE --class-labels 207,360 --cfg-scale 4 --sampler dpm++ --num-sampling-steps 20
+    python sample_grid.py --ckpt results/digits-DiT-Ti-2                 the digits demo: one column a class
+    python sample_grid.py --image-size 512 --seed 1                      official weights, downloaded once
+    python sample_grid.py --ckpt CKPT --class-labels "golden retriever,otter,88" --images-per-class 4
+    python sample_grid.py --ckpt CKPT --sampler dpm++ --num-sampling-steps 20 --guidance-interval 0.3,5
+    python sample_grid.py --ckpt CKPT --trajectory out.gif               the predicted x_0, step by step
+    python sample_grid.py --ckpt CKPT --sweep cfg_scale=1,1.5,4          one row a value, the same noise in each
+    accelerate launch --num_processes 8 sample_grid.py --ckpt CKPT ...   eight GPUs share the images
+
+CKPT is a run's folder, a weights file (ours, the official .pt, diffusers) or a name that downloads. A PNG remembers how
+it was made: python -c "from PIL import Image; print(Image.open('sample.png').text['command'])"
 """
 
 import argparse
+import copy
+import difflib
 import json
+import math
 import os
+import re
+import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image, ImageDraw, PngImagePlugin
+from accelerate.utils import gather_object
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dit import InputError, load_checkpoint, run_command, write_atomically
+from dit import DEMO_CONFIGS, DIT_CONFIGS, InputError, load_checkpoint, run_command, write_atomically
 from gaussian_diffusion import create_diffusion
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
-OFFICIAL_LABELS = "207,360,387,974,88,979,417,279"
+FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+SWEEPS = dict(cfg_scale=float, num_sampling_steps=int, eta=float, sampler=str)  # what --sweep takes, and its type
+OFFICIAL_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # of the official sample.py
+SLICE_PIXELS = 512 * 512  # images pass through the VAE so many pixels at a time: 512 px fits in a few GB
 
 
 def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
@@ -33,43 +52,66 @@ def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
     return accelerator
 
 
-class Autoencoder:
-    """Images to latents and back: a diffusers VAE, or none, where the pixels in [-1, 1] are the latents.
+# ------------------------------------------------------------------------------------------ the VAE
 
-    vae: a diffusers autoencoder module or None; name: what --vae said, stored with checkpoints; channels: of the pixels
-    where there is no VAE, 1 for grayscale.
+
+class Autoencoder:
+    """Images to latents and back: any image autoencoder of diffusers, or none, where pixels in [-1, 1] are the latents.
+
+    vae: a diffusers module or None; name: what --vae said, stored with checkpoints; channels: of the latents (without a
+    VAE of the pixels, 1 or 3); factor: image pixels per latent pixel. The VAE computes in float32, outside autocast.
     """
 
     def __init__(self, vae=None, name="none", channels=3):
-        self.vae = vae
-        self.name = name
-        config = vae.config if vae is not None else {}
-        self.scale = config.get("scaling_factor") or 1.0
-        self.shift = config.get("shift_factor") or 0.0
-        self.channels = config.get("latent_channels", channels)
-        self.factor = 1 if vae is None else 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent pixel
+        self.vae, self.name, self.channels, self.factor = vae, name, channels, 1
+        self.scale, self.shift = 1.0, 0.0
+        if vae is not None:
+            self.scale = vae.config.get("scaling_factor") or 1.0
+            self.shift = vae.config.get("shift_factor") or 0.0
+            moments = self.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=vae.device))
+            self.channels, self.factor = moments.shape[1] // 2, 64 // moments.shape[3]
 
     @classmethod
     def load(cls, name, device="cpu", channels=3):
-        """name: "none", "ema" or "mse" (stabilityai/sd-vae-ft-*), a hub id, or a local diffusers folder."""
+        """name: "none", "ema" or "mse" (stabilityai/sd-vae-ft-*, a download), a hub id, or a local diffusers folder.
+
+        Raises InputError when there is no such autoencoder, or it cannot be read.
+        """
         if name in (None, "none"):
             return cls(channels=channels)
-        from diffusers import AutoencoderKL
+        import diffusers
 
-        source = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else name
+        source = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else str(name)
         try:
-            vae = AutoencoderKL.from_pretrained(source)
-        except OSError as error:
-            raise InputError(f"cannot load the VAE {source!r}: {error}") from error
+            config = diffusers.AutoencoderKL.load_config(source)
+            vae = getattr(diffusers, config["_class_name"]).from_pretrained(source, torch_dtype=torch.float32)
+        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"cannot load the VAE {source!r}: give ema, mse, a hub id (and a network), or a diffusers "
+                             f"folder with config.json ({reason})") from error
         return cls(vae.to(device).eval().requires_grad_(False), name)
 
+    def _in_slices(self, function, x, pixels):
+        """function on a few images at a time: as many, of `pixels` image pixels each, as SLICE_PIXELS has room for."""
+        with torch.autocast(x.device.type, enabled=False):
+            parts = x.float().split(max(1, SLICE_PIXELS // pixels))
+            return torch.cat([function(part) for part in parts])
+
+    def _moments(self, x):
+        posterior = self.vae.encode(x)
+        if hasattr(posterior, "latent_dist"):
+            return posterior.latent_dist.parameters
+        latents = posterior[0]  # without a distribution (AutoencoderTiny, AutoencoderDC): a vanishing variance
+        return torch.cat([latents, torch.full_like(latents, -30)], dim=1)
+
+    @torch.no_grad()
     def encode(self, images):
-        """uint8 images (N, 3, H, W) -> moments: (N, 2C, h, w) mean and log-variance; the pixels without a VAE."""
+        """uint8 images (N, 3, H, W) -> moments: (N, 2C, h, w) mean and log-variance; without a VAE the pixels."""
         x = images.float() / 127.5 - 1
-        return x[:, : self.channels] if self.vae is None else self.vae.encode(x).latent_dist.parameters
+        return x[:, : self.channels] if self.vae is None else self._in_slices(self._moments, x, x[0, 0].numel())
 
     def sample(self, moments, generator=None, noise=None):
-        """Draw scaled latents (N, C, h, w) from moments; the draw's noise may be given."""
+        """Draw scaled latents (N, C, h, w) from moments, with the draw's standard normal noise if it is given."""
         if self.vae is None:
             return moments
         mean, log_variance = moments.float().chunk(2, dim=1)
@@ -78,11 +120,28 @@ class Autoencoder:
         x = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
         return (x - self.shift) * self.scale
 
+    @torch.no_grad()
     def decode(self, latents):
         """Scaled latents (N, C, h, w) -> uint8 images (N, 3, H, W), rounded: 127.5 x + 128, clamped, truncated."""
-        x = latents if self.vae is None else self.vae.decode(latents / self.scale + self.shift).sample
-        x = (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
+        x = latents.float()
+        if self.vae is not None:
+            pixels = x[0, 0].numel() * self.factor**2
+            x = self._in_slices(lambda z: self.vae.decode(z).sample, x / self.scale + self.shift, pixels)
+        x = (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
         return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+
+
+def load_vae(model, name=None, default="mse", device="cpu"):
+    """The Autoencoder of a model: `name`, or the one it was trained with, or the default. InputError: misfits."""
+    name = name or model.metadata.get("vae", default)
+    vae = Autoencoder.load(name, device, model.in_channels)
+    if vae.channels != model.in_channels or (vae.vae is None and vae.channels not in (1, 3)):
+        has = "pixels, 1 or 3 channels" if vae.vae is None else f"latents of {vae.channels} channels"
+        raise InputError(f"--vae {name} has {has}, but the model was trained on {model.in_channels} channels")
+    return vae
+
+
+# ------------------------------------------------------------------------------------------ sampling
 
 
 @torch.no_grad()
@@ -90,17 +149,17 @@ def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler="ddpm"
                   guidance_interval=None, dtype="fp32", on_step=None):
     """Images of the labels y (N,), int64 on the model's device: uint8 (N, 3, H, W).
 
-    All noise of image i comes from seeds[i], drawn on the CPU: the same picture on every device, up to rounding.
-    guidance_interval (low, high): guide only at noise levels sqrt((1 - abar) / abar) between the two, where it helps
-    (Kynkaanniemi et al., 2024); elsewhere a step costs one pass in place of two. dtype "bf16" runs the network in
-    bfloat16 autocast; the process and the VAE stay float32. on_step(i, x, pred_xstart) is called after each step.
+    All noise of image i comes from seeds[i], drawn on the CPU: the same picture in any batch and on any device, up to
+    rounding. guidance_interval (low, high): guide only at noise levels sqrt((1 - abar) / abar) between the two, where
+    it helps (Kynkaanniemi et al., 2024); elsewhere a step costs one pass in place of two. dtype "bf16" runs the network
+    in bfloat16 autocast; the process and the VAE stay float32. on_step(i, x, pred_xstart) is called after each step.
     """
     shape = (model.in_channels, model.input_size, model.input_size)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    low, high = guidance_interval or (0.0, float("inf"))
+    low, high = guidance_interval or (0.0, math.inf)
 
     def step_noise(i=None, x=None):
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         return noise.pin_memory().to(y.device, non_blocking=True) if y.is_cuda else noise.to(y.device)
 
     def network(x, t, **kwargs):
@@ -115,39 +174,33 @@ def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler="ddpm"
         latents = diffusion.p_sample_loop(network, step_noise(), step_noise=step_noise, **kwargs)
     elif sampler == "ddim":
         latents = diffusion.ddim_sample_loop(network, step_noise(), step_noise=step_noise, eta=eta, **kwargs)
-    else:
+    elif sampler == "dpm++":
         latents = diffusion.dpm_solver_sample_loop(network, step_noise(), **kwargs)
+    else:
+        raise InputError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
     return vae.decode(latents)
 
 
-def save_grid(images, path, nrow, labels=None, metadata=None):
-    """Write uint8 images (N, 3, H, W) as one picture, nrow a row, labels above; small ones are enlarged."""
-    images = images.permute(0, 2, 3, 1).cpu().numpy()
-    n, height, width, _ = images.shape
-    zoom, gap, text = max(1, 64 // width), 2, 12 if labels else 0
-    height, width = height * zoom, width * zoom
-    rows = -(-n // nrow)
-    canvas = Image.new("RGB", (nrow * (width + gap) + gap, rows * (height + gap + text) + gap), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, image in enumerate(images):
-        left, top = gap + i % nrow * (width + gap), gap + i // nrow * (height + gap + text)
-        if labels:
-            draw.text((left, top), labels[i], fill="black")
-        canvas.paste(Image.fromarray(image).resize((width, height), Image.NEAREST), (left, top + text))
-    info = PngImagePlugin.PngInfo()
-    for key, value in (metadata or {}).items():
-        info.add_text(key, str(value))
-    options = {"pnginfo": info} if str(path).endswith(".png") else {}
-    write_atomically(path, lambda temporary: canvas.save(temporary, **options))
+def sample_shared(model, diffusion, vae, y, seeds, accelerator, batch_size=32, film_steps=(), on_step=None, **sampling):
+    """sample_images for many images: the processes share them, each works in batches, and all get everything.
 
+    Returns uint8 (F + 1, N, 3, H, W) on the CPU: the predicted x_0 after each of the F film_steps, then the images.
+    """
+    mine = list(range(accelerator.process_index, len(y), accelerator.num_processes))
+    made = []
+    for part in (mine[start : start + batch_size] for start in range(0, len(mine), batch_size)):
+        film = []
 
-def class_grid(model, diffusion, vae, per_class, seed, device, **sampling):
-    """The run's own picture: one column a class (at most 10 classes), per_class rows. Returns (images, nrow, names)."""
-    classes = min(model.num_classes, 10)
-    y = torch.arange(classes, device=device).repeat(per_class)
-    images = sample_images(model, diffusion, vae, y, range(seed, seed + len(y)), **sampling)
-    names = model.metadata.get("class_names") or [str(c) for c in range(classes)]
-    return images, classes, [names[c] for c in y.tolist()]
+        def watch(i, x, pred_xstart, film=film):
+            if i in film_steps:
+                film.append(vae.decode(pred_xstart).cpu())
+            if on_step:
+                on_step(i, x, pred_xstart)
+
+        images = sample_images(model, diffusion, vae, y[part], [seeds[i] for i in part], on_step=watch, **sampling)
+        made += zip(part, torch.stack([*film, images.cpu()], dim=1).numpy(), strict=True)
+    made = sorted(gather_object(made), key=lambda pair: pair[0])
+    return torch.from_numpy(np.stack([frames for _, frames in made], axis=1))
 
 
 def add_sampling_args(parser):
@@ -160,27 +213,19 @@ def add_sampling_args(parser):
         "(default: 1.5 for digits, else 4.0 for pictures and 1.0 for figures)")
     add("--cfg-channels", type=int, metavar="N", help="guide the first N channels only; 3 is what the official code "
         "does (default: all)")
-    add("--guidance-interval", type=parse_interval, metavar="LOW,HIGH", help="guide only at noise levels "
-        "sigma = sqrt((1-abar)/abar) from LOW to HIGH; the process has 0.01 to 157 (default: all)")
+    add("--guidance-interval", metavar="LOW,HIGH", help="guide only at noise levels sigma = sqrt((1-abar)/abar) from "
+        "LOW to HIGH; the process has 0.01 to 157 (default: all)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="the network's precision while sampling; bf16 is "
         "autocast (default: %(default)s)")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TensorFloat-32 matrix products on NVIDIA "
         "GPUs: faster, ten bits of mantissa (default: on)")
 
 
-def parse_interval(text):
-    """"0.3,5" -> [0.3, 5.0]; ValueError for anything else."""
-    low, high = (float(value) for value in text.split(","))
-    if not 0 <= low <= high:
-        raise ValueError
-    return [low, high]
-
-
 def sampling_settings(args, model, cfg_scale):
     """The diffusion process and the keyword arguments of sample_images that the sampling flags ask for.
 
-    Unset flags take what the model's metadata suggest ("sampling"), else 250 and cfg_scale. InputError for settings
-    that the model or the schedule cannot do, and for flags that would do nothing.
+    Unset flags take what the model's metadata suggest ("sampling"), else 250 steps and cfg_scale. InputError for what
+    the model, the device or the schedule cannot do, and for flags that would do nothing.
     """
     suggested = model.metadata.get("sampling", {})
     steps = suggested.get("num_sampling_steps", 250) if args.num_sampling_steps is None else args.num_sampling_steps
@@ -189,54 +234,272 @@ def sampling_settings(args, model, cfg_scale):
     if scale is None:
         scale = suggested.get("cfg_scale", cfg_scale) if can_guide else 1.0
     if scale != 1 and not can_guide:
-        raise InputError(f"--cfg-scale {scale} needs a model trained with label dropout: use --cfg-scale 1.0")
+        raise InputError(f"--cfg-scale {scale} needs a null class, and this model was trained without label dropout: "
+                         "use --cfg-scale 1.0")
     if scale < 1 and int(os.environ.get("RANK", 0)) == 0:
         print(f"warning: --cfg-scale {scale} weakens the class; guidance is off at 1.0, not at 0", file=sys.stderr)
     if args.cfg_channels is not None and not 1 <= args.cfg_channels <= model.in_channels:
-        raise InputError(f"--cfg-channels {args.cfg_channels}: this model has {model.in_channels} channels")
-    if args.eta is not None and args.sampler != "ddim":
-        raise InputError(f"--eta does nothing with --sampler {args.sampler}: use --sampler ddim")
+        raise InputError(f"--cfg-channels {args.cfg_channels}: the model has {model.in_channels} channels")
+    if args.eta is not None and (args.sampler != "ddim" or not 0 <= args.eta <= 1):
+        raise InputError(f"--eta {args.eta} with --sampler {args.sampler}: eta is from 0 to 1 and for ddim alone")
+    if args.dtype == "bf16" and model.pos_embed.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(f"--dtype bf16: {torch.cuda.get_device_name()} has no bfloat16; use --dtype fp32")
+    interval = args.guidance_interval
+    if interval is not None:
+        try:
+            low, high = interval = [float(value) for value in interval.split(",")]
+        except ValueError:
+            raise InputError(f"--guidance-interval {interval}: give two noise levels, such as 0.3,5") from None
+        if not 0 <= low <= high:
+            raise InputError(f"--guidance-interval {low:g},{high:g}: the first must not be above the second")
     try:
-        diffusion = create_diffusion(str(steps), learn_sigma=model.learn_sigma)
+        respacing = f"trailing{steps}" if args.sampler == "dpm++" else str(steps)
+        diffusion = create_diffusion(respacing, learn_sigma=model.learn_sigma)
     except ValueError as error:
         raise InputError(f"--num-sampling-steps {steps}: {error}") from error
     return diffusion, dict(cfg_scale=scale, sampler=args.sampler, eta=args.eta or 0.0, cfg_channels=args.cfg_channels,
-                           guidance_interval=args.guidance_interval, dtype=args.dtype)
+                           guidance_interval=interval, dtype=args.dtype)
+
+
+# ------------------------------------------------------------------------------------------ grids
+
+
+def class_names(model):
+    """A name for each class: from the model's metadata, ImageNet's for its thousand, else numbers."""
+    names = model.metadata.get("class_names")
+    if model.num_classes == 1000 and (not names or all(re.fullmatch(r"n\d{8}", name) for name in names)):
+        from torchvision.models import ResNet18_Weights
+
+        return ResNet18_Weights.DEFAULT.meta["categories"]
+    return names or [str(c) for c in range(model.num_classes)]
+
+
+def find_class(text, names):
+    """The number of a class given by name, or by one of a name's comma-separated synonyms, or by number, in this order.
+
+    InputError with the nearest names when there is no such class.
+    """
+    known = {word.strip().lower(): n for n in reversed(range(len(names))) for word in (names[n], *names[n].split(","))}
+    key = text.strip().lower()
+    if key in known:
+        return known[key]
+    if key.isdecimal() and int(key) < len(names):
+        return int(key)
+    near = difflib.get_close_matches(key, known, 3) + [word for word in known if key and key in word]
+    near = ", ".join(f"{word} ({known[word]})" for word in dict.fromkeys(near[:4]))
+    raise InputError(f"no class {text!r}: " + (f"the nearest are {near}; " if near else "")
+                     + f"numbers go from 0 to {len(names) - 1}")
+
+
+def captions(y, seeds, names):
+    """What stands above each image: the class's first name, where there are several classes, and the seed."""
+    first = [names[c].split(",")[0] + ", " if len(names) > 1 else "" for c in y]
+    return [f"{name}seed {seed}" for name, seed in zip(first, seeds, strict=True)]
+
+
+def default_labels(model, per_class):
+    """One column for each of the first ten classes, per_class rows: (labels, nrow); a square if there is one class."""
+    classes = min(model.num_classes, 10)
+    nrow = classes if classes > 1 else per_class
+    return [i % classes for i in range(per_class * nrow)], nrow
+
+
+def class_grid(model, diffusion, vae, per_class, seed, device, **sampling):
+    """A training run's own picture (see default_labels), image i from seed + i: (images, nrow, captions)."""
+    labels, nrow = default_labels(model, per_class)
+    seeds = range(seed, seed + len(labels))
+    images = sample_images(model, diffusion, vae, torch.tensor(labels, device=device), seeds, **sampling)
+    return images, nrow, captions(labels, seeds, class_names(model))
+
+
+def make_grid(images, nrow, labels=None, row_labels=None):
+    """uint8 images (N, 3, H, W) as one PIL picture, nrow a row; images below 64 px are enlarged.
+
+    labels stand above the images, the first len(labels) of them; row_labels to the left of the rows.
+    """
+    images, labels, row_labels = images.permute(0, 2, 3, 1).cpu().numpy(), labels or [], row_labels or []
+    zoom, gap, nrow = max(1, 64 // images.shape[2]), 2, min(nrow, len(images))
+    height, width = images.shape[1] * zoom, images.shape[2] * zoom
+    font = ImageFont.load_default(max(10, width // 20))
+    line = int(font.size * 1.3)
+    rows = -(-len(images) // nrow)
+    tops = [gap]  # of the rows, captions included
+    for row in range(rows):
+        tops.append(tops[-1] + height + gap + (line if row * nrow < len(labels) else 0))
+    margin = gap + max((math.ceil(font.getlength(text)) + 2 * gap for text in row_labels), default=0)
+    canvas = Image.new("RGB", (margin + nrow * (width + gap), tops[-1]), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, image in enumerate(images):
+        left, top = margin + i % nrow * (width + gap), tops[i // nrow + 1] - height - gap
+        canvas.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        if i < len(labels):
+            text = labels[i]
+            while font.getlength(text) > width:
+                text = text[:-2] + "\N{HORIZONTAL ELLIPSIS}"
+            draw.text((left, top - line), text, fill="black", font=font)
+    for row, text in enumerate(row_labels):
+        draw.text((gap, tops[row + 1] - gap - height // 2), text, fill="black", font=font, anchor="lm")
+    return canvas
+
+
+def save_grid(images, path, nrow, labels=None, metadata=None, row_labels=None):
+    """Write make_grid's picture as .png, .jpg or .webp; metadata, a dict of str, goes into a PNG's text chunks."""
+    canvas, options = make_grid(images, nrow, labels, row_labels), dict(quality=95)
+    if Path(path).suffix.lower() == ".png":
+        options = dict(pnginfo=PngImagePlugin.PngInfo())
+        for key, value in (metadata or {}).items():
+            options["pnginfo"].add_text(key, value)
+    write_atomically(path, lambda temporary: canvas.save(temporary, **options))
+
+
+def save_film(frames, path, nrow, labels=None):
+    """Write uint8 frames (F, N, 3, H, W) as a .gif of grids that rests on its last."""
+    first, *others = [make_grid(images, nrow, labels) for images in frames]
+    durations = [80] * len(others) + [2000]  # milliseconds
+    write_atomically(path, lambda temporary: first.save(
+        temporary, save_all=True, append_images=others, duration=durations, loop=0))
+
+
+# ------------------------------------------------------------------------------------------ the command line
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Sample a grid of images.")
-    parser.add_argument("--ckpt", required=True, help="a run's folder or a weights file")
-    parser.add_argument(
-        "--class-labels", default=None, help="class numbers, comma-separated (default: four of each, up to ten classes)"
-    )
-    parser.add_argument(
-        "--vae", default=None, help="ema, mse, a hub id, a folder or none (default: what the model was trained with)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)")
-    parser.add_argument("--output", default="sample.png", help="the picture to write (default: %(default)s)")
+    add = parser.add_argument
+    add("--ckpt", help="a run's folder, a weights file, or a name that downloads (default: DiT-XL/2-{image size})")
+    add("--model", help="check that the weights are of this model (default: whatever they are)")
+    add("--image-size", type=int, help="check the size of the images, in pixels; without --ckpt 256 or 512 chooses the "
+        "weights (default: the weights' own, else 256)")
+    add("--num-classes", type=int, help="check the number of classes (default: the weights' own)")
+    add("--vae", help="ema, mse, a hub id, a diffusers folder, or none for pixels (default: what the model was trained "
+        "with, else mse)")
+    add("--class-labels", help="classes by name or number, comma-separated (default: the official eight of ImageNet; "
+        "for other data the first ten classes)")
+    add("--images-per-class", type=int, help="times to repeat the labels (default: 4 for the first ten, else 1)")
+    add("--seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)")
+    add("--output", default="sample.png", help="the picture to write: .png, .jpg or .webp (default: %(default)s)")
+    add("--nrow", type=int, help="images in a row (default: one of each label if repeated, else by their number)")
+    add("--captions", action=argparse.BooleanOptionalAction, default=True, help="class and seed above each image "
+        "(default: on)")
+    add("--trajectory", metavar="GIF", help="also write the predicted x_0 along the way (default: no)")
+    add("--sweep", metavar="NAME=V1,V2", help=f"one row for each value of {', '.join(SWEEPS)} (default: no)")
+    add("--per-proc-batch-size", type=int, default=32, help="images at once on each process (default: %(default)s)")
     add_sampling_args(parser)
     return parser.parse_args(argv)
 
 
-def main(args):
-    device = make_accelerator(tf32=args.tf32).device
-    model = load_checkpoint(args.ckpt, device)
-    vae = Autoencoder.load(args.vae or model.metadata.get("vae", "ema"), device, model.in_channels)
-    diffusion, sampling = sampling_settings(args, model, cfg_scale=4.0)
-    if args.class_labels is None:
-        images, nrow, names = class_grid(model, diffusion, vae, 4, args.seed, device, **sampling)
+def check_output(path, formats):
+    """InputError unless a file of one of these formats can be written there; tries the folder, leaves nothing."""
+    path = Path(path)
+    if path.suffix.lower() not in formats or path.is_dir():
+        raise InputError(f"cannot write a picture to {path}: the name of a file must end in {', '.join(formats)}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"cannot write to {path.parent}: {error.strerror}; choose an existing folder") from error
+
+
+def check_model(args, model, vae):
+    """InputError when the weights are not what --model, --image-size and --num-classes say."""
+    if args.model and args.model not in DIT_CONFIGS | DEMO_CONFIGS:
+        raise InputError(f"unknown model {args.model!r}: use one of {', '.join(DIT_CONFIGS | DEMO_CONFIGS)}")
+    wanted = (DIT_CONFIGS | DEMO_CONFIGS).get(args.model, {}) | dict(
+        image_size=args.image_size, num_classes=args.num_classes)
+    found = model.config | dict(image_size=model.input_size * vae.factor)
+    wrong = [f"{name} {found[name]}, not {value}" for name, value in wanted.items() if value not in (None, found[name])]
+    if wrong:
+        raise InputError(f"the weights do not fit --model, --image-size or --num-classes: they have {'; '.join(wrong)}")
+
+
+def choose_labels(args, model, names):
+    """The labels, a list of ints, and images in a row that the flags ask for."""
+    per_class = args.images_per_class
+    if args.class_labels is not None:
+        labels = [find_class(text, names) for text in args.class_labels.split(",")]
+    elif model.num_classes == 1000:
+        labels = OFFICIAL_LABELS
     else:
-        y = torch.tensor([int(c) for c in args.class_labels.split(",")], device=device)
-        if not 0 <= y.min() <= y.max() < model.num_classes:
-            raise InputError(f"class labels must be from 0 to {model.num_classes - 1}")
-        images = sample_images(model, diffusion, vae, y, range(args.seed, args.seed + len(y)), **sampling)
-        nrow, names = int(np.ceil(np.sqrt(len(y)))), [str(c) for c in y.tolist()]
-    settings = dict(
-        ckpt=str(Path(args.ckpt).name), seed=args.seed, num_sampling_steps=diffusion.num_timesteps, **sampling
-    )
-    save_grid(images, args.output, nrow, names, dict(settings=json.dumps(settings)))
-    print(f"wrote {args.output}")
+        return default_labels(model, per_class or (1 if args.sweep else 4))
+    n = len(labels)
+    return labels * (per_class or 1), n if n <= 5 or (per_class or 1) > 1 else math.ceil(math.sqrt(2 * n))
+
+
+def sweep_rows(args):
+    """The arguments of each row of the picture, and the rows' names: one without --sweep."""
+    if args.sweep is None:
+        return [args], None
+    name, _, values = args.sweep.partition("=")
+    rows = []
+    for value in values.split(","):
+        row = copy.copy(args)
+        try:
+            setattr(row, name, SWEEPS[name](value))
+        except (KeyError, ValueError):
+            raise InputError(f"--sweep {args.sweep}: give a name of {', '.join(SWEEPS)} and values, such as "
+                             "cfg_scale=1,1.5,4") from None
+        rows.append(row)
+    if args.trajectory or args.nrow:
+        raise InputError("--sweep fills the rows of one picture: leave out --trajectory and --nrow")
+    return rows, [f"{name.removeprefix('num_').replace('_', ' ')} {value}" for value in values.split(",")]
+
+
+def describe(args, ckpt, vae, diffusion, sampling):
+    """The PNG's text chunks: "settings", JSON of the flags as they were used, and "command", which draws it again."""
+    settings = dict(num_sampling_steps=diffusion.num_timesteps, cfg_scale=sampling["cfg_scale"])
+    if args.sweep:  # which varies one of them
+        settings.pop(args.sweep.partition("=")[0], None)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    settings = given | settings | dict(ckpt=ckpt, vae=vae.name)
+    for name in ("output", "trajectory", "per_proc_batch_size"):
+        settings.pop(name, None)
+    words = ["python", "sample_grid.py"]
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
+    return dict(settings=json.dumps(settings), command=shlex.join(words))
+
+
+def main(args):
+    check_output(args.output, FORMATS)
+    if args.trajectory:
+        check_output(args.trajectory, (".gif",))
+    for name in ("nrow", "images_per_class", "per_proc_batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    rows, row_labels = sweep_rows(args)
+    accelerator = make_accelerator(tf32=args.tf32)
+    ckpt = args.ckpt or f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"
+    model = load_checkpoint(ckpt, accelerator.device)
+    vae = load_vae(model, args.vae, "mse", accelerator.device)
+    check_model(args, model, vae)
+    names = class_names(model)
+    labels, nrow = choose_labels(args, model, names)
+    settings = [sampling_settings(row, model, cfg_scale=4.0) for row in rows]
+
+    y = torch.tensor(labels, device=accelerator.device)
+    seeds = range(args.seed, args.seed + len(labels))
+    batches = math.ceil(math.ceil(len(labels) / accelerator.num_processes) / args.per_proc_batch_size)
+    progress = Progress(TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"),
+                        TimeRemainingColumn(), TextColumn("left"), disable=not accelerator.is_main_process)
+    bar = progress.add_task("sampling", total=batches * sum(diffusion.num_timesteps for diffusion, _ in settings))
+    drawn = []
+    with progress:
+        for diffusion, sampling in settings:
+            film_steps = np.linspace(diffusion.num_timesteps - 1, 1, 40).round() if args.trajectory else ()
+            drawn.append(sample_shared(
+                model, diffusion, vae, y, seeds, accelerator, args.per_proc_batch_size, set(film_steps),
+                on_step=lambda i, x, pred_xstart: progress.advance(bar), **sampling))
+
+    if accelerator.is_main_process:
+        text = captions(labels, seeds, names) if args.captions else None
+        images = torch.cat([frames[-1] for frames in drawn])
+        nrow = len(labels) if args.sweep else args.nrow or nrow
+        save_grid(images, args.output, nrow, text, describe(args, ckpt, vae, *settings[0]), row_labels)
+        print(f"wrote {args.output}")
+        if args.trajectory:
+            save_film(drawn[0], args.trajectory, nrow, text)
+            print(f"wrote {args.trajectory}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,401 @@
+"""The process against figures of the official code, against diffusers' solver, and against its own definitions."""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gaussian_diffusion import (
+    GaussianDiffusion,
+    create_diffusion,
+    discretized_gaussian_log_likelihood,
+    get_named_beta_schedule,
+    space_timesteps,
+)
+
+GOLDEN = np.load(Path(__file__).parent / "data" / "golden" / "diffusion.npz")  # made with the official code, float32
+CASES = json.loads(str(GOLDEN["cases"]))
+
+
+def formula(name, shape):
+    """The golden inputs: a hash of (seed, name, index), uniform with mean 0 and variance 1, the same everywhere."""
+    mask = np.uint64(0xFFFFFFFF)
+    h = np.arange(math.prod(shape), dtype=np.uint64) * np.uint64(0x9E3779B1)
+    h = (h + np.uint64(zlib.crc32(f"{CASES['seed']}:{name}".encode()))) & mask
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        h ^= h >> np.uint64(shift)
+        h = h * np.uint64(factor) & mask
+    u = ((h >> np.uint64(8)).astype(np.float64) + 0.5) / 2**24
+    return torch.from_numpy(((u - 0.5) * 3.4641016151377544).astype(np.float32).reshape(shape))
+
+
+def golden_input(name, n):
+    return formula(name, (n, *CASES["shape"]))
+
+
+def toy(learn_sigma, denoiser=False):
+    """The golden set's stand-in for a network; it sees original timesteps."""
+    a, b, c, d, w, s = (CASES["toy"][k] for k in "abcdws")
+
+    def model(x, t, y):
+        u = t.to(x.dtype).view(-1, 1, 1, 1) / 1000
+        eps = torch.tanh(a * x + b * x.roll(1, 3) + c * x.roll(1, 1) + d * torch.cos(5 * u)
+                         + w * torch.sin(y.to(x.dtype)).view(-1, 1, 1, 1))
+        if denoiser:
+            eps = (1 - (1 - u) ** 3) * x + (1 - u) ** 2 * eps
+        return torch.cat([eps, torch.sin(s * x.roll(1, 2) + 3 * u + 0.5)], dim=1) if learn_sigma else eps
+
+    return model
+
+
+def close(got, key, tolerance=1e-5):
+    """Largest error over largest value, within the tolerance or five times the official code's own rounding error."""
+    want = torch.from_numpy(GOLDEN[key]).double()
+    error = (got.expand(want.shape).double() - want).abs().max() / want.abs().max()
+    limit = max(tolerance, 5 * CASES["float32_noise"].get(key, 0))
+    assert error <= limit, f"{key}: {error:.2g} > {limit:.2g}"
+
+
+# ------------------------------------------------------------------------------------------ golden figures
+
+
+@pytest.mark.parametrize("table", CASES["tables"])
+def test_tables_equal_the_official_ones(table):
+    schedule, respacing = table.split("|")
+    diffusion = create_diffusion(respacing, schedule)
+    golden = {key.rsplit(".", 1)[1]: GOLDEN[key] for key in GOLDEN.files if key.startswith(f"tab|{table}.")}
+    assert diffusion.timestep_map == golden["timestep_map"].tolist()
+    np.testing.assert_allclose(diffusion.betas.numpy(), golden["betas"], rtol=1e-11, atol=1e-14)
+    np.testing.assert_allclose(diffusion.alphas_cumprod.numpy(), golden["alphas_cumprod"], rtol=1e-11, atol=1e-14)
+    n = diffusion.num_timesteps
+    one, zero, t = torch.ones(n, 1, 1, 1), torch.zeros(n, 1, 1, 1), torch.arange(n)
+    coef1, variance, log_variance = diffusion.q_posterior_mean_variance(one, zero, t)
+    coef2 = diffusion.q_posterior_mean_variance(zero, one, t)[0]
+    for got, name in ((coef1, "posterior_mean_coef1"), (coef2, "posterior_mean_coef2"),
+                      (variance, "posterior_variance"), (log_variance, "posterior_log_variance_clipped")):
+        np.testing.assert_allclose(got.flatten().numpy(), golden[name], rtol=1e-6, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("point", CASES["points"], ids=lambda p: p["id"])
+def test_single_steps_equal_the_official_ones(point):
+    t, y, key = torch.tensor(point["t"]), torch.tensor(point["y"]), f"pt|{point['id']}"
+    x_start, x_t, noise = (golden_input(name, len(t)) for name in ("x_start", "x_t", "noise"))
+    for learn_sigma in (True, False):
+        diffusion = create_diffusion(point["respacing"], point["schedule"], learn_sigma)
+        close(diffusion.q_sample(0.7 * x_start, t, noise), f"{key}.q_sample")
+        close(diffusion.q_posterior_mean_variance(0.7 * x_start, x_t, t)[0], f"{key}.q_posterior_mean")
+        for clip in (True, False):
+            p = diffusion.p_mean_variance(toy(learn_sigma), x_t, t, clip, dict(y=y))
+            for name in ("mean", "log_variance", "pred_xstart"):
+                close(p[name], f"{key}.pmv_sigma{int(learn_sigma)}_clip{int(clip)}.{name}")
+            torch.testing.assert_close(p["variance"], p["log_variance"].exp())
+
+
+@pytest.mark.parametrize("case", CASES["losses"], ids=lambda c: c["id"])
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_losses_equal_the_official_ones(case, learn_sigma):
+    t, y = torch.tensor(case["t"]), torch.tensor(case["y"])
+    x_start, noise = 0.7 * golden_input("loss_x_start", len(t)), 0.5 * golden_input("loss_noise", len(t))
+    diffusion = create_diffusion(case["respacing"], case["schedule"], learn_sigma)
+    losses = diffusion.training_losses(toy(learn_sigma), x_start, t, dict(y=y), noise)
+    assert set(losses) == ({"loss", "mse", "vb"} if learn_sigma else {"loss", "mse"})
+    for name, value in losses.items():
+        close(value, f"loss|{case['id']}.sigma{int(learn_sigma)}.{name}")
+
+
+@pytest.mark.parametrize("case", CASES["loops"], ids=lambda c: f"{c['kind']}-{c['schedule']}-{c['respacing']}")
+def test_sampling_loops_equal_the_official_ones(case):
+    diffusion = create_diffusion(case["respacing"], case["schedule"], case["learn_sigma"])
+    y, drawn = torch.tensor(CASES["loop_y"]), []
+
+    def step_noise(i, x):
+        drawn.append(i)
+        return golden_input(f"noise{i}", len(x))
+
+    loop = diffusion.p_sample_loop if case["kind"] == "p" else diffusion.ddim_sample_loop
+    extra = {} if case["kind"] == "p" else dict(eta=case["eta"])
+    x = loop(toy(case["learn_sigma"], denoiser=True), golden_input("loop_x_T", 2), dict(y=y), case["clip"],
+             step_noise=step_noise, **extra)
+    close(x, case["id"])
+    stochastic = case["kind"] == "p" or case["eta"] > 0
+    assert drawn == (list(range(diffusion.num_timesteps - 1, 0, -1)) if stochastic else [])
+
+
+# ------------------------------------------------------------------------------------------ schedules and respacing
+
+
+@settings(max_examples=40, deadline=None)
+@given(name=st.sampled_from(["linear", "squaredcos_cap_v2"]), n=st.integers(21, 4000))
+def test_schedules_add_noise_monotonically(name, n):
+    betas = get_named_beta_schedule(name, n)
+    assert betas.dtype == torch.float64 and betas.shape == (n,)
+    assert (betas > 0).all() and (betas < 1).all() and (betas.diff() >= 0).all()
+    abar = torch.cumprod(1 - betas, 0)
+    assert (abar.diff() < 0).all() and abar[-1] < 0.01
+
+
+def test_linear_schedule_is_ddpms():
+    betas = get_named_beta_schedule("linear", 1000)
+    assert betas[0].item() == pytest.approx(1e-4, rel=1e-12) and betas[-1].item() == pytest.approx(0.02, rel=1e-12)
+
+
+def test_other_schedules_are_refused():
+    with pytest.raises(ValueError, match="'quadratic'.*linear"):
+        get_named_beta_schedule("quadratic", 1000)
+    with pytest.raises(ValueError, match="more than 20"):
+        get_named_beta_schedule("linear", 20)
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), n=st.integers(1, 1500), sections=st.integers(1, 5))
+def test_respacing_keeps_as_many_steps_as_asked(data, n, sections):
+    sections = min(sections, n)
+    lengths = [n // sections + (i < n % sections) for i in range(sections)]
+    counts = [data.draw(st.integers(1, length)) for length in lengths]
+    steps = space_timesteps(n, ",".join(map(str, counts)))
+    assert steps == space_timesteps(n, counts)
+    assert all(a < b for a, b in zip(steps, steps[1:], strict=False)) and 0 <= steps[0] <= steps[-1] < n
+    start = 0
+    for count, length in zip(counts, lengths, strict=True):
+        assert sum(start <= step < start + length for step in steps) == count
+        assert start in steps and (count == 1 or start + length - 1 in steps)
+        start += length
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 1500), stride=st.integers(1, 300))
+def test_ddim_respacing_has_one_stride(n, stride):
+    steps = space_timesteps(n, f"ddim{len(range(0, n, stride))}")
+    assert len(steps) == len(range(0, n, stride)) and steps[0] == 0 and len(set(np.diff(steps))) <= 1
+
+
+@pytest.mark.parametrize(("respacing", "count", "ends"), [
+    ("", 1000, (0, 999)), ("1", 1, (0, 0)), ("2", 2, (0, 999)), ("1000", 1000, (0, 999)), ("250", 250, (0, 999)),
+    ("ddim50", 50, (0, 980)), ("10,15,20", 45, (0, 999)), ("trailing20", 20, (49, 999)), ("trailing1", 1, (999, 999)),
+    ("trailing1000", 1000, (0, 999)), ("trailing999", 999, (0, 999))])
+def test_edges_of_respacing(respacing, count, ends):
+    steps = space_timesteps(1000, respacing)
+    assert len(steps) == count and (steps[0], steps[-1]) == ends
+
+
+@pytest.mark.parametrize(("respacing", "words"), [
+    *[(r, "keep|stride") for r in CASES["bad_respacings"]], ("0", "keep 0 of 1000"), ("-5", "keep -5"),
+    ("1001", "1 to 1000"), ("fifty", "'fifty'"), ("ddim", "'ddim'"), ("ddim0", "ddim0"), ("10,,20", "'10,,20'"),
+    ("2.5", "'2.5'"), ("trailing0", "keep 0"), ("trailing1001", "1 to 1000"), ("trailing", "'trailing'")])
+def test_impossible_respacings_are_refused_in_words(respacing, words):
+    with pytest.raises(ValueError, match=words):
+        create_diffusion(respacing)
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(1, 1000), name=st.sampled_from(["linear", "squaredcos_cap_v2"]))
+def test_a_respaced_process_agrees_with_the_long_one(count, name):
+    short, long = create_diffusion(str(count), name), create_diffusion("", name)
+    kept = long.alphas_cumprod[short.timestep_map]
+    torch.testing.assert_close(short.alphas_cumprod, kept, rtol=1e-10, atol=1e-15)
+    assert short.num_timesteps == len(short.sigmas) == count
+    assert short.sigmas[-1] == pytest.approx(math.sqrt(1 / kept[-1] - 1), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ one step
+
+
+def test_posterior_is_bayes_rule():
+    """N(x_{t-1}; from x_0) N(x_t; from x_{t-1}), multiplied and normalised numerically on a grid."""
+    diffusion, t, x0, x_t = create_diffusion("50"), 20, 0.3, -0.8
+    abar, beta = diffusion.alphas_cumprod.tolist(), diffusion.betas[t].item()
+    grid = torch.linspace(-6, 6, 200001, dtype=torch.float64)
+    log_p = -(grid - math.sqrt(abar[t - 1]) * x0) ** 2 / (2 * (1 - abar[t - 1])) - (
+        x_t - math.sqrt(1 - beta) * grid) ** 2 / (2 * beta)
+    p = log_p.softmax(0)
+    mean = (p * grid).sum()
+    shaped = lambda value: torch.full((1, 1, 1, 1), value)
+    got, variance, _ = diffusion.q_posterior_mean_variance(shaped(x0), shaped(x_t), torch.tensor([t]))
+    assert got.item() == pytest.approx(mean.item(), rel=1e-5)
+    assert variance.item() == pytest.approx((p * (grid - mean) ** 2).sum().item(), rel=1e-5)
+
+
+def test_noise_and_x_start_are_recovered():
+    diffusion, t = create_diffusion(learn_sigma=False), torch.tensor([0, 500, 999])
+    x_start, noise = torch.rand(3, 1, 4, 4) * 2 - 1, torch.randn(3, 1, 4, 4)
+    x_t = diffusion.q_sample(x_start, t, noise)
+    assert x_t[2].std().item() == pytest.approx(noise[2].std().item(), rel=0.02)
+    p = diffusion.p_mean_variance(lambda x, t: noise, x_t, t)
+    torch.testing.assert_close(p["pred_xstart"][:2], x_start[:2], atol=2e-5, rtol=0)
+    torch.testing.assert_close(p["pred_xstart"][2], x_start[2], atol=1e-3, rtol=0)  # divided by sqrt(abar) = 0.006
+
+
+def test_learned_variance_spans_beta_tilde_to_beta():
+    diffusion, t = create_diffusion("100"), torch.tensor([0, 1, 60])
+    x = torch.zeros(3, 1, 2, 2)
+    for v, name in ((-1.0, "log_variance"), (1.0, "log_beta")):
+        p = diffusion.p_mean_variance(lambda x, t, v=v: torch.cat([x, torch.full_like(x, v)], 1), x, t)
+        torch.testing.assert_close(p["log_variance"], diffusion._at(name, t).expand_as(x))
+
+
+def test_results_are_float32_in_mixed_precision():
+    diffusion, t = create_diffusion(), torch.tensor([3, 700])
+    x = torch.randn(2, 1, 4, 4)
+    model = lambda x, t: torch.cat([x, x], 1).bfloat16()
+    assert diffusion.q_sample(x.bfloat16(), t, x.bfloat16()).dtype == torch.float32
+    assert diffusion.p_mean_variance(model, x, t)["mean"].dtype == torch.float32
+    assert diffusion.training_losses(model, x, t)["vb"].dtype == torch.float32
+    tables = diffusion._tables["cpu"]  # no float64, which some devices do not have
+    assert {table.dtype for table in tables.values()} == {torch.float32, torch.int64}
+
+
+def test_a_model_of_other_channels_is_refused():
+    x, t = torch.zeros(1, 2, 4, 4), torch.tensor([0])
+    with pytest.raises(ValueError, match="2 channels, learn_sigma=True needs 4"):
+        create_diffusion().training_losses(lambda x, t: x, x, t)
+    with pytest.raises(ValueError, match="4 channels, learn_sigma=False needs 2"):
+        create_diffusion(learn_sigma=False).p_mean_variance(lambda x, t: torch.cat([x, x], 1), x, t)
+
+
+# ------------------------------------------------------------------------------------------ the loss
+
+
+def test_vb_trains_the_variance_alone():
+    diffusion, t = create_diffusion(), torch.tensor([0, 1, 400])
+    output = torch.randn(3, 4, 4, 4, requires_grad=True)
+    losses = diffusion.training_losses(lambda x, t: output, torch.rand(3, 2, 4, 4), t)
+    gradient, = torch.autograd.grad(losses["vb"].sum(), output, retain_graph=True)
+    assert (gradient[:, :2] == 0).all() and (gradient[:, 2:] != 0).any(dim=(1, 2, 3)).all()
+    gradient, = torch.autograd.grad(losses["mse"].sum(), output)
+    assert (gradient[:, :2] != 0).all() and (gradient[:, 2:] == 0).all()
+
+
+def test_loss_vanishes_for_the_true_noise_and_variance():
+    """With the true noise and v = -1 (beta~), p equals q: no mse, and no KL except the likelihood's bits at step 0."""
+    diffusion, t = create_diffusion(), torch.tensor([1, 10, 999])
+    x, noise = torch.rand(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    perfect = lambda x_t, t: torch.cat([noise, torch.full_like(noise, -1)], 1)
+    losses = diffusion.training_losses(perfect, x, t, noise=noise)
+    assert losses["mse"].abs().max() == 0 and losses["vb"].abs().max() < 1e-5
+
+
+def test_each_sample_has_its_own_loss():
+    diffusion, x, noise = create_diffusion(), torch.rand(4, 1, 4, 4), torch.randn(4, 1, 4, 4)
+    t, model = torch.tensor([0, 5, 500, 999]), lambda x, t: torch.cat([x.sin(), x.cos()], 1)
+    together = diffusion.training_losses(model, x, t, noise=noise)
+    for i in range(4):
+        alone = diffusion.training_losses(model, x[i : i + 1], t[i : i + 1], noise=noise[i : i + 1])
+        assert all(torch.equal(alone[name], together[name][i : i + 1]) for name in together)
+
+
+def test_discretized_likelihood_is_a_distribution_over_levels():
+    levels = torch.arange(256) / 127.5 - 1
+    for mean, scale in ((0.0, 0.05), (-1.2, 0.3), (0.999, 1e-3), (0.1, 2.0)):
+        log_p = discretized_gaussian_log_likelihood(levels, torch.tensor(mean), torch.tensor(math.log(scale)))
+        assert log_p.exp().sum().item() == pytest.approx(1, abs=2e-4)
+    log_p = discretized_gaussian_log_likelihood(levels, torch.tensor(0.1), torch.tensor(math.log(0.05)))
+    assert levels[log_p.argmax()].item() == pytest.approx(0.1, abs=1 / 255)
+    normal = torch.distributions.Normal(0.0, 0.05)
+    exact = (normal.cdf(levels[140] + 1 / 255) - normal.cdf(levels[140] - 1 / 255)).log()
+    got = discretized_gaussian_log_likelihood(levels[140], torch.tensor(0.0), torch.tensor(math.log(0.05)))
+    assert got.item() == pytest.approx(exact.item(), abs=1e-2)  # the tanh approximation
+
+
+# ------------------------------------------------------------------------------------------ sampling
+
+
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("steps", ["1", "2", "20", "50", "ddim25", "trailing5", "trailing20"])
+def test_dpm_solver_equals_diffusers(schedule, steps):
+    from diffusers import DPMSolverMultistepScheduler
+
+    betas = get_named_beta_schedule(schedule, 1000)
+    kept = [min(step, 980) for step in space_timesteps(1000, steps)]  # the cosine's last step has noise level 20,000,
+    diffusion = GaussianDiffusion(betas, kept)  # which float32 cannot subtract
+    scheduler = DPMSolverMultistepScheduler(trained_betas=betas.numpy(), algorithm_type="dpmsolver++", solver_order=2,
+                                            solver_type="midpoint", final_sigmas_type="zero")
+    scheduler.set_timesteps(timesteps=diffusion.timestep_map[::-1])
+    model, y, x = toy(True, denoiser=True), torch.tensor([1, 4]), golden_input("loop_x_T", 2)
+    expected = x
+    for t in scheduler.timesteps:
+        expected = scheduler.step(model(expected, t.repeat(2), y)[:, :4], t, expected).prev_sample
+    got = diffusion.dpm_solver_sample_loop(model, x, dict(y=y))
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-5)
+
+
+def exact_gaussian(std):
+    """The optimal eps for data N(0, std^2): its sampling ODE and the final distribution are known exactly."""
+    long = create_diffusion("")
+
+    def model(x, t):
+        abar = long.alphas_cumprod[t].float()[:, None, None, None]
+        return (1 - abar).sqrt() * x / (abar * std**2 + 1 - abar)
+
+    return model
+
+
+def test_dpm_solver_is_of_second_order():
+    """On Gaussian data the ODE's answer is known: twice the steps, a quarter of the error; DDIM's only halves."""
+    std, x, model = 0.5, torch.randn(2, 1, 4, 4), exact_gaussian(0.5)
+
+    def errors(count):
+        diffusion = create_diffusion(f"trailing{count}", learn_sigma=False)
+        abar = diffusion.alphas_cumprod[-1].item()
+        truth = x * std / math.sqrt(abar * std**2 + 1 - abar)
+        return [(loop(model, x) - truth).abs().max().item()
+                for loop in (diffusion.dpm_solver_sample_loop, diffusion.ddim_sample_loop)]
+
+    (dpm10, ddim10), (dpm20, ddim20), (dpm40, ddim40) = errors(10), errors(20), errors(40)
+    assert dpm10 / dpm20 > 3.5 and dpm20 / dpm40 > 3.5
+    assert ddim10 / ddim20 < 2.5 and ddim20 / ddim40 < 2.5
+    assert dpm20 < ddim20 / 2
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_samplers_reach_the_data_distribution(eta):
+    """Gaussian data of standard deviation 0.5 come out with it, however much noise each step adds."""
+    diffusion = create_diffusion("500", learn_sigma=False)
+    torch.manual_seed(0)
+    model, noise = exact_gaussian(0.5), torch.randn(64, 1, 16, 16)
+    assert diffusion.ddim_sample_loop(model, noise, eta=eta).std().item() == pytest.approx(0.5, rel=0.03)
+    if eta == 1:
+        assert diffusion.p_sample_loop(model, noise).std().item() == pytest.approx(0.5, rel=0.03)
+
+
+def test_ddim_at_eta_one_draws_with_ddpms_small_variance():
+    """DDIM (16) at eta 1 is beta~, DDPM's posterior: same noise, same answer, where p uses v = -1."""
+    diffusion, x = create_diffusion("25"), golden_input("loop_x_T", 2)
+    toy_model, y = toy(True, denoiser=True), torch.tensor([1, 4])
+    model = lambda x, t: torch.cat([toy_model(x, t, y)[:, :4], torch.full_like(x, -1)], 1)
+    step_noise = lambda i, x: golden_input(f"noise{i}", len(x))
+    ddpm = diffusion.p_sample_loop(model, x, step_noise=step_noise)
+    ddim = diffusion.ddim_sample_loop(model, x, eta=1.0, step_noise=step_noise)
+    torch.testing.assert_close(ddim, ddpm, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop", "dpm_solver_sample_loop"])
+def test_loops_report_steps_clip_and_vary_their_arguments(loop):
+    diffusion, seen, kwargs_at = create_diffusion("6"), [], []
+
+    def model(x, t, scale):
+        kwargs_at.append((t[0].item(), scale))
+        return torch.cat([x * 0.1 - 3, x * 0], 1)
+
+    x = getattr(diffusion, loop)(model, torch.randn(2, 1, 4, 4), lambda i: dict(scale=i), clip_denoised=True,
+                                 on_step=lambda i, x, x0: seen.append((i, x.clone(), x0.clone())))
+    assert [i for i, _, _ in seen] == [5, 4, 3, 2, 1, 0]
+    assert kwargs_at == [(diffusion.timestep_map[i], i) for i in (5, 4, 3, 2, 1, 0)]
+    assert torch.equal(seen[-1][1], x) and torch.equal(seen[-1][2], x)  # the last step ends at the predicted x_0
+    assert all(x0.abs().max() <= 1 for _, _, x0 in seen) and x.max() <= 1
+
+
+def test_sampling_does_no_work_in_numpy_and_copies_tables_once():
+    source = Path(__file__).parent.parent.joinpath("gaussian_diffusion.py").read_text()
+    assert "numpy" not in source and "import torch\n" in source
+    diffusion = GaussianDiffusion(get_named_beta_schedule("linear", 1000), range(0, 1000, 100))
+    t = torch.zeros(2, dtype=torch.int64, device="meta")
+    first = diffusion._at("variance", t)
+    tables = diffusion._tables["meta"]
+    assert first.device.type == "meta" and diffusion._at("log_beta", t).shape == (2, 1, 1, 1)
+    assert diffusion._tables["meta"] is tables
