@@ -43,7 +43,8 @@ SLICE_PIXELS = 512 * 512  # images pass through the VAE so many pixels at a time
 
 def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
     """Accelerate's Accelerator, with TF32 as asked and all cores for a lone CPU process; kwargs go to Accelerator."""
-    accelerator = Accelerator(mixed_precision=mixed_precision, **kwargs)
+    cpu = not torch.accelerator.is_available()  # said outright, or torchrun's processes on a CPU would each train alone
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu, **kwargs)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # the API that torch.compile reads
     # `accelerate launch` leaves one thread unless told otherwise; any other number was somebody's choice
     launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
