@@ -12,19 +12,25 @@ first; nothing else of this project is needed to understand this file. What happ
 
 Parameter names and shapes are those of the official code, so official weights load as they are.
 
+    python dit.py                    the paper's twelve configurations: parameters, and Gflops beside the paper's
+    python dit.py convert SRC DST    weights from any layout that load_checkpoint reads to any that it writes
 """
 
+import argparse
+import hashlib
 import json
 import math
 import os
+import re
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 DIT_CONFIGS = {  # table 1 of the paper, patch sizes 2, 4, 8
@@ -33,20 +39,35 @@ DIT_CONFIGS = {  # table 1 of the paper, patch sizes 2, 4, 8
     for patch in (2, 4, 8)
 }
 DEMO_CONFIGS = {"DiT-Ti/2": dict(depth=4, hidden_size=96, patch_size=2, num_heads=3)}  # ours, for the digits demo
+PAPER_GFLOPS = {  # table 4 of the paper at 256 px, and section 5.1 at 512 px: multiply-adds, counted once
+    ("DiT-XL/2", 32): 118.64, ("DiT-XL/4", 32): 29.05, ("DiT-XL/8", 32): 7.39, ("DiT-L/2", 32): 80.71,
+    ("DiT-L/4", 32): 19.70, ("DiT-L/8", 32): 5.01, ("DiT-B/2", 32): 23.01, ("DiT-B/4", 32): 5.56, ("DiT-B/8", 32): 1.42,
+    ("DiT-S/2", 32): 6.06, ("DiT-S/4", 32): 1.41, ("DiT-S/8", 32): 0.36, ("DiT-XL/2", 64): 524.60,
+}
 
 
 class InputError(ValueError):
     """What the user gave cannot be used. The command lines show its text as one line and exit with status 2."""
 
 
+def say(text):
+    """One line on stderr, from rank 0 alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(" ".join(text.split()), file=sys.stderr)
+
+
 def run_command(main, args=None):
-    """Run `main(args)` as a command line: an InputError becomes one line on stderr (of rank 0) and exit status 2."""
+    """Run `main(args)` as a command line: an InputError becomes one line on stderr and exit status 2.
+
+    Ctrl-C gives status 130. Any other exception is a bug and keeps its traceback.
+    """
     try:
         main(args)
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 # ------------------------------------------------------------------------------------------------ the network
@@ -88,7 +109,8 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        rows = torch.empty(num_classes + (dropout_prob > 0), hidden_size)  # DiT.initialize_weights fills them
+        self.embedding_table = nn.Embedding.from_pretrained(rows, freeze=False)
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
 
@@ -170,37 +192,15 @@ class DiT(nn.Module):
     Raises InputError when the sizes do not fit together.
     """
 
-    def __init__(
-        self,
-        input_size=32,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=1152,
-        depth=28,
-        num_heads=16,
-        mlp_ratio=4.0,
-        class_dropout_prob=0.1,
-        num_classes=1000,
-        learn_sigma=True,
-    ):
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
         if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
-            raise InputError(
-                f"input size {input_size} must divide by patch size {patch_size}, and hidden size {hidden_size} "
-                f"by 4 and by {num_heads} heads"
-            )
+            raise InputError(f"input size {input_size} must divide by patch size {patch_size}, and hidden size "
+                             f"{hidden_size} by 4 and by {num_heads} heads")
         super().__init__()
-        self.config = dict(
-            input_size=input_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            class_dropout_prob=class_dropout_prob,
-            num_classes=num_classes,
-            learn_sigma=learn_sigma,
-        )
+        self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels,
+                           hidden_size=hidden_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
+                           class_dropout_prob=class_dropout_prob, num_classes=num_classes, learn_sigma=learn_sigma)
         self.metadata = {}  # what save_checkpoint stored beside the weights
         self.input_size = input_size
         self.patch_size = patch_size
@@ -214,7 +214,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        positions = sincos_positions(hidden_size, input_size // patch_size)
+        positions = sincos_positions(hidden_size, input_size // patch_size).to(self.x_embedder.proj.weight.device)
         self.pos_embed = nn.Parameter(positions.unsqueeze(0), requires_grad=False)  # (1, T, D), fixed
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
@@ -222,18 +222,16 @@ class DiT(nn.Module):
 
     def initialize_weights(self):
         """Xavier for matrices, normal(0.02) for the embeddings, zero for biases, gates (adaLN-Zero) and the output."""
+        if self.pos_embed.is_meta:  # shapes without memory: weights come later
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for weight in (
-            self.y_embedder.embedding_table.weight,
-            self.t_embedder.mlp[0].weight,
-            self.t_embedder.mlp[2].weight,
-        ):
-            nn.init.normal_(weight, std=0.02)
+        for layer in self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]:
+            nn.init.normal_(layer.weight, std=0.02)
         zero_layers = [block.adaLN_modulation[-1] for block in self.blocks]
         for layer in [*zero_layers, self.final_layer.adaLN_modulation[-1], self.final_layer.linear]:
             nn.init.zeros_(layer.weight)
@@ -253,10 +251,8 @@ class DiT(nn.Module):
         (N, 2C, H, W) with learn_sigma. Raises InputError if x is not input_size x input_size with C channels.
         """
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
-            raise InputError(
-                f"this DiT takes (N, {self.in_channels}, {self.input_size}, {self.input_size}), "
-                f"but x is {tuple(x.shape)}"
-            )
+            raise InputError(f"this DiT takes (N, {self.in_channels}, {self.input_size}, {self.input_size}), but x is "
+                             f"{tuple(x.shape)}: images must be square and of the model's --image-size")
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y, drop)  # (N, D)
         for block in self.blocks:
@@ -277,9 +273,8 @@ class DiT(nn.Module):
         if cfg_scale == 1:
             return self(x, t, y)
         if self.class_dropout_prob == 0:
-            raise InputError(
-                "guidance needs a model trained with label dropout: this one has no null label; use cfg scale 1"
-            )
+            raise InputError("guidance needs a model trained with label dropout; this one has no null label: "
+                             "use --cfg-scale 1")
         null = torch.full_like(y, self.num_classes)
         cond, uncond = self(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
         n = self.in_channels if cfg_channels is None else cfg_channels
@@ -298,73 +293,394 @@ def sincos_positions(hidden_size, side):
     return torch.cat([columns, rows], dim=1).float()
 
 
-def build_dit(name, **overrides):
-    """The model of a name in DIT_CONFIGS (or DEMO_CONFIGS); overrides are arguments of DiT. InputError if unknown."""
+def named_config(name):
+    """The arguments of DiT for a name in DIT_CONFIGS or DEMO_CONFIGS; InputError if there is none."""
     configs = DIT_CONFIGS | DEMO_CONFIGS
     if name not in configs:
         raise InputError(f"unknown model {name!r}: choose one of {', '.join(configs)}")
-    return DiT(**(configs[name] | overrides))
+    return configs[name]
+
+
+def build_dit(name, **overrides):
+    """The model of a name, freshly initialised; overrides are arguments of DiT. InputError if unknown."""
+    return DiT(**(named_config(name) | overrides))
+
+
+def count_macs(config):
+    """Multiply-adds of one forward pass of one image, counted once: what the paper calls flops (table 4).
+
+    config: a model's `config`. All linear layers, both attention products, adaLN, the timestep's MLP, patch and final
+    layer, as PyTorch's flop counter, halved; no normalisation, activation or softmax.
+    """
+    width, patch, channels = config["hidden_size"], config["patch_size"], config["in_channels"]
+    tokens = (config["input_size"] // patch) ** 2
+    mlp = int(width * config["mlp_ratio"])
+    block = 4 * width * width + 2 * width * mlp + 2 * tokens * width  # qkv and proj, fc1 and fc2, QK^T and AV
+    ends = patch * patch * width * (channels + channels * (1 + config["learn_sigma"]))  # patch and final layer
+    once = 256 * width + width * width + (6 * config["depth"] + 2) * width * width  # timestep MLP, adaLN of all layers
+    return tokens * (config["depth"] * block + ends) + once
+
+
+def print_configs():
+    """The paper's configurations as a table: size, parameters, and Gflops beside the paper's."""
+    print(f"{'':10}{'image':>7}{'tokens':>8}{'depth':>7}{'width':>7}{'heads':>7}{'parameters':>14}{'Gflops':>9}{'paper':>9}")
+    for (name, input_size), paper in PAPER_GFLOPS.items():
+        with torch.device("meta"):
+            model = build_dit(name, input_size=input_size)
+        c, parameters = model.config, sum(p.numel() for p in model.parameters())
+        print(f"{name:10}{input_size * 8:>7}{model.pos_embed.shape[1]:>8}{c['depth']:>7}{c['hidden_size']:>7}"
+              f"{c['num_heads']:>7}{parameters:>14,}{count_macs(c) / 1e9:>9.2f}{paper:>9.2f}")
 
 
 # ------------------------------------------------------------------------------------------------ weights in and out
 
+HUB = {"DiT-XL/2-256": "facebook/DiT-XL-2-256", "DiT-XL/2-512": "facebook/DiT-XL-2-512"}  # names that download
+HEADS = {c["hidden_size"]: c["num_heads"] for c in (DIT_CONFIGS | DEMO_CONFIGS).values()}  # no tensor's shape says it
+FLAGS = dict(input_size="--image-size", in_channels="--vae", num_classes="--num-classes",
+             class_dropout_prob="--class-dropout-prob")  # which flag sets an entry of the config; every other: --model
 
-def _checksum(state_dict):
-    """CRC-32 of all tensors' bytes in the order of their names: tells damaged weights from whole ones."""
-    crc = 0
-    for name in sorted(state_dict):
-        crc = zlib.crc32(state_dict[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
-    return f"{crc:08x}"
+
+def sync_folder(folder):
+    """Have the names in a folder reach the disk, as after a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path, write):
-    """Call write(temporary_path), flush, then rename it to path: the file appears whole or not at all."""
+    """Call write(temporary_path), flush to the disk, then rename it to path: the file appears whole or not at all.
+
+    Raises InputError naming path and reason when the system refuses (full disk, no permission).
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        raise InputError(f"cannot write {path}: torch.save could not finish, is the disk full?") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
+
+
+def _checksum(header, state_dict):
+    """CRC-32 of config, metadata and all tensors in the order of their names: tells damaged files from whole ones."""
+    crc = zlib.crc32(f"{header.get('config')}{header.get('metadata')}".encode())
+    for name, tensor in sorted(state_dict.items()):
+        crc = zlib.crc32(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def save_checkpoint(path, model, **metadata):
     """Write a model's weights, float32 as they are, to a .safetensors file that also carries its config and metadata.
 
     metadata: any JSON values (step, class_names, vae ...); load_checkpoint returns them as `model.metadata`.
+    Raises InputError when the file cannot be written; what was there before is then untouched.
     """
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    header = dict(config=json.dumps(model.config), metadata=json.dumps(metadata), crc32=_checksum(state_dict))
+    header = dict(config=json.dumps(model.config), metadata=json.dumps(metadata))
+    header["crc32"] = _checksum(header, state_dict)
     write_atomically(path, lambda temporary: save_file(state_dict, temporary, metadata=header))
 
 
 def load_checkpoint(path_or_name, device="cpu"):
-    """A DiT in eval mode from a run's folder (newest EMA weights), one of our .safetensors files, an official .pt, ...
+    """A DiT in eval mode, float32, with its `config` and the `metadata` stored with it (may be empty), from any of
 
-    Raises InputError when nothing is there, the file is damaged or the weights do not fit.
+    - a run's folder: the EMA weights of its newest checkpoint; if that is damaged, of the one before, said on stderr
+    - a .safetensors file of save_checkpoint
+    - an official .pt: a bare state dict, or a training checkpoint, whose EMA weights are taken; no pickled code is run
+    - a diffusers folder: a DiTPipeline's, or the transformer folder in it
+    - a name in HUB, downloaded once and checked against the hub's SHA-256; those weights are under CC BY-NC 4.0
+
+    Raises InputError when nothing is there, the file is damaged or would run code, or the weights do not fit.
     """
     path = Path(path_or_name)
+    if str(path_or_name) in HUB and not path.exists():
+        path = _download(str(path_or_name))
+    steps = [folder for folder in path.glob("checkpoints/*") if folder.name.isdigit()]
+    candidates = sorted(steps, key=lambda folder: int(folder.name), reverse=True) or [path]
+    for candidate in candidates:
+        try:
+            config, state_dict, metadata = _read(candidate)
+            break
+        except InputError as error:
+            if candidate is candidates[-1]:
+                raise
+            say(f"warning: {error}; taking the checkpoint before it")
+    with torch.device("meta"):  # no memory, no initialisation: the tensors that were read become the weights
+        model = DiT(**config)
+    load_weights(model, state_dict, candidate)
+    model.metadata = metadata
+    return model.to(device, torch.float32).eval()
+
+
+def load_weights(model, state_dict, source):
+    """Load official-layout weights into a model strictly. source: what messages call them.
+
+    Raises InputError naming the first keys that differ and the flag that is probably wrong.
+    """
+    want, got = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (model.state_dict(), state_dict))
+    wrong = [name for name in want | got if want.get(name) != got.get(name)]
+    if wrong:
+        shown = ", ".join(f"{k} is {got.get(k, 'missing')}, expected {want.get(k, 'none')}" for k in wrong[:3])
+        theirs = _official_config(state_dict, source)
+        flags = sorted({FLAGS.get(key, "--model") for key in _differing(theirs, model.config)})
+        hint = f"check {' and '.join(flags)}" if flags else "is it damaged, or of another network?"
+        raise InputError(f"{source} does not fit the model, {len(wrong)} keys differ: {shown}; {hint}")
+    model.load_state_dict(state_dict, assign=model.pos_embed.is_meta)
+
+
+def check_config(model, source, name=None, **expected):
+    """Raise InputError, naming the flag, when a loaded model is not the one that the command line describes.
+
+    name: of a configuration, expected: entries such as input_size and num_classes; those that are None may be anything.
+    """
+    expected = {key: value for key, value in expected.items() if value is not None}
+    for key, value in ((named_config(name) if name else {}) | expected).items():
+        if model.config[key] != value:
+            raise InputError(f"{source} has {key} {model.config[key]}, not {value}: check {FLAGS.get(key, '--model')}")
+
+
+def _differing(config, other):
+    """The keys of config that differ in other; of label dropout it matters only whether there is a null label."""
+    return [key for key, value in config.items()
+            if (bool(value) != bool(other[key]) if key == "class_dropout_prob" else value != other[key])]
+
+
+def _read(path):
+    """(config, official-layout state dict, metadata) of a file or folder, told apart by what is there."""
+    if (path / "transformer").is_dir():
+        path = path / "transformer"
+    if any(path.glob("diffusion_pytorch_model*")):
+        return _read_diffusers(path)
     if path.is_dir():
-        found = sorted(path.glob("checkpoints/[0-9]*/ema.safetensors")) or sorted(path.glob("ema.safetensors"))
-        if not found:
-            raise InputError(f"no checkpoint in {path}: expected checkpoints/*/ema.safetensors")
-        path = found[-1]
+        path = path / "ema.safetensors"
     if not path.is_file():
-        raise InputError(f"no checkpoint at {path_or_name}: give a run's folder or a .safetensors file")
+        raise InputError(f"no checkpoint at {path}: give a run's folder, a .safetensors file, an official .pt, "
+                         f"a diffusers folder, or {' or '.join(HUB)}")
+    if path.suffix != ".safetensors":
+        return _read_official(path)
+    header, state_dict = _read_safetensors(path)
+    if "crc32" not in header:
+        raise InputError(f"{path} was not written by save_checkpoint: it has no config; of diffusers give the folder")
+    if header["crc32"] != _checksum(header, state_dict):
+        raise InputError(f"{path} is damaged: its checksum does not match its contents")
+    return json.loads(header["config"]), state_dict, json.loads(header["metadata"])
+
+
+def _read_safetensors(path):
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if "config" not in header:
-        raise InputError(f"{path} has no model config in its metadata: it was not written by save_checkpoint")
-    if header.get("crc32") != _checksum(state_dict):
-        raise InputError(f"{path} is damaged: its checksum does not match its tensors")
-    model = DiT(**json.loads(header["config"]))
-    model.load_state_dict(state_dict)
-    model.metadata = json.loads(header["metadata"])
-    return model.to(device).eval()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {path}, is it damaged? {error}") from error
+
+
+def _read_pickle(path):
+    """The dict that torch.save wrote, of tensors, plain containers and argparse.Namespace; running code is refused."""
+    try:
+        if zipped := zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:  # torch.load compares no checksums
+                if name := file.testzip():
+                    raise zipfile.BadZipFile(name)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # mapped: optimizer states stay on the disk
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # a parser of arbitrary bytes may raise anything
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise InputError(f"{path} is refused: its pickle asks for {code[1]}, which could run code") from error
+        raise InputError(f"cannot read {path} as torch.save's, is it damaged? {type(error).__name__}") from error
+    if not isinstance(saved, dict):
+        raise InputError(f"{path} holds a {type(saved).__name__}, not a dict of weights")
+    return saved
+
+
+def _read_official(path):
+    """A bare state dict, or a training checkpoint with model, ema, opt and args."""
+    saved = _read_pickle(path)
+    args = vars(saved["args"]) if isinstance(saved.get("args"), argparse.Namespace) else {}
+    state_dict = next((saved[part] for part in ("ema", "model") if isinstance(saved.get(part), dict)), saved)
+    config = _official_config(state_dict, path, args.get("num_classes"))
+    if config["hidden_size"] not in HEADS:
+        raise InputError(f"{path} has width {config['hidden_size']}, and an official .pt does not say how many heads; "
+                         f"known are widths {', '.join(map(str, HEADS))}")
+    config["num_heads"] = HEADS[config["hidden_size"]]
+    return config, state_dict, {key: args[key] for key in ("image_size", "vae") if key in args}
+
+
+def _official_config(state_dict, source, num_classes=None):
+    """A model's config, but for num_heads, from the shapes of its weights.
+
+    Without num_classes the last row of the label table is taken for the null label, as in all official weights.
+    """
+    needed = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2,
+              "blocks.0.mlp.fc1.weight": 2, "final_layer.linear.weight": 2}
+    for name, dimensions in needed.items():
+        if getattr(state_dict.get(name), "ndim", None) != dimensions:
+            raise InputError(f"{source} does not hold a DiT's weights: {name} is missing or has another shape")
+    patches, positions, labels, fc1, last = (state_dict[name].shape for name in needed)
+    width, channels, patch, _ = patches
+    has_null = labels[0] != num_classes
+    return dict(input_size=math.isqrt(positions[1]) * patch, patch_size=patch, in_channels=channels, hidden_size=width,
+                depth=len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")}),
+                mlp_ratio=fc1[0] / width, class_dropout_prob=0.1 * has_null, num_classes=labels[0] - has_null,
+                learn_sigma=last[0] == 2 * channels * patch * patch)
+
+
+# diffusers' DiTTransformer2DModel: other names; q, k, v apart; the embedders repeated in every block; no positions. Its
+# timestep embedding has other frequencies (downscale_freq_shift 1 for 0): with the same weights its output differs.
+
+DIFFUSERS_CONFIG = dict(input_size="sample_size", patch_size="patch_size", in_channels="in_channels",
+                        depth="num_layers", num_heads="num_attention_heads", num_classes="num_embeds_ada_norm")
+DIFFUSERS_FIXED = dict(norm_type="ada_norm_zero", activation_fn="gelu-approximate", attention_bias=True,
+                       norm_elementwise_affine=False)
+
+
+def _diffusers_keys(depth):
+    """Official key -> its diffusers keys: the three thirds of qkv, the copies of an embedder, else one."""
+    names = {"x_embedder.proj": ["pos_embed.proj"], "t_embedder.mlp.0": [], "t_embedder.mlp.2": [],
+             "y_embedder.embedding_table": [], "final_layer.adaLN_modulation.1": ["proj_out_1"],
+             "final_layer.linear": ["proj_out_2"]}
+    for i in range(depth):
+        ours, theirs = f"blocks.{i}.", f"transformer_blocks.{i}."
+        names["t_embedder.mlp.0"].append(theirs + "norm1.emb.timestep_embedder.linear_1")
+        names["t_embedder.mlp.2"].append(theirs + "norm1.emb.timestep_embedder.linear_2")
+        names["y_embedder.embedding_table"].append(theirs + "norm1.emb.class_embedder.embedding_table")
+        names[ours + "adaLN_modulation.1"] = [theirs + "norm1.linear"]
+        names[ours + "attn.qkv"] = [theirs + "attn1.to_q", theirs + "attn1.to_k", theirs + "attn1.to_v"]
+        names[ours + "attn.proj"] = [theirs + "attn1.to_out.0"]
+        names[ours + "mlp.fc1"] = [theirs + "ff.net.0.proj"]
+        names[ours + "mlp.fc2"] = [theirs + "ff.net.2"]
+    return {f"{layer}.{kind}": [f"{name}.{kind}" for name in names[layer]]
+            for layer in names for kind in ("weight", "bias")}
+
+
+def _to_diffusers(state_dict, depth):
+    tensors = {}
+    for key, names in _diffusers_keys(depth).items():
+        if key in state_dict:  # all but the bias of the embedding table
+            parts = state_dict[key].chunk(3) if ".qkv." in key else [state_dict[key]] * len(names)
+            tensors |= {name: part.clone() for name, part in zip(names, parts, strict=True)}  # none may share memory
+    return tensors
+
+
+def _from_diffusers(tensors, config, source):
+    """Official-layout weights; what has no place there keeps its name, so that load_weights names it."""
+    side = config["input_size"] // config["patch_size"]
+    state_dict = {"pos_embed": sincos_positions(config["hidden_size"], side)[None]}
+    for key, names in _diffusers_keys(config["depth"]).items():
+        parts = [tensors.pop(name) for name in names if name in tensors]
+        if parts:
+            state_dict[key] = torch.cat(parts) if ".qkv." in key else parts[0]
+        if ".qkv." not in key and not all(torch.equal(part, parts[0]) for part in parts):
+            raise InputError(f"{source} was trained on in diffusers: {key} differs between blocks, but a DiT has one")
+    return state_dict | tensors
+
+
+def _read_diffusers(folder):
+    """A transformer folder: config.json, and diffusion_pytorch_model as .safetensors, its shards, or .bin."""
+    try:
+        theirs = json.loads((folder / "config.json").read_text())
+        config = {ours: theirs[key] for ours, key in DIFFUSERS_CONFIG.items()}
+        config["hidden_size"] = theirs["num_attention_heads"] * theirs["attention_head_dim"]
+        config["learn_sigma"] = theirs["out_channels"] == 2 * theirs["in_channels"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} is not a diffusers DiT, by its config.json: {error!r}") from error
+    wrong = [f"{key} {theirs[key]}" for key, value in DIFFUSERS_FIXED.items() if theirs.get(key, value) != value]
+    if wrong:
+        raise InputError(f"{folder} is not a diffusers DiT: its config.json has {', '.join(wrong)}")
+    one, pickled = (folder / f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin"))
+    files = [one] if one.exists() else sorted(folder.glob("diffusion_pytorch_model-*.safetensors"))
+    tensors = {} if files or not pickled.exists() else _read_pickle(pickled)
+    for file in files:
+        tensors |= _read_safetensors(file)[1]
+    return config, _from_diffusers(tensors, config, folder), {}
+
+
+def _download(name):
+    """The folder of a name's weights in the hub's cache, downloaded if they are not there; InputError if it cannot."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    say(f"{name}: Meta's weights, huggingface.co/{HUB[name]}, licence CC BY-NC 4.0: not for commercial use")
+    try:
+        hf_hub_download(HUB[name], "transformer/config.json")
+        try:
+            weights = Path(hf_hub_download(HUB[name], "transformer/diffusion_pytorch_model.safetensors"))
+        except EntryNotFoundError:
+            weights = Path(hf_hub_download(HUB[name], "transformer/diffusion_pytorch_model.bin"))
+    except Exception as error:  # whatever the hub's client and its HTTP library raise
+        raise InputError(f"cannot download {name} from huggingface.co ({type(error).__name__}): is there a network? "
+                         "Else give --ckpt its file or folder") from error
+    digest = hashlib.sha256()
+    with open(weights, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    if digest.hexdigest() != weights.resolve().name:  # by which the hub's cache names a large file
+        raise InputError(f"{weights} is damaged: delete {weights.resolve()} and run again")
+    return weights.parent
+
+
+def convert(source, destination):
+    """Write weights that load_checkpoint reads in another layout, float32 ones bit for bit.
+
+    destination: NAME.safetensors is ours, NAME.pt an official bare state dict, any other a folder in which transformer/
+    will be diffusers'. Only ours carries metadata (class names, VAE), only diffusers' drops the fixed positions. Raises
+    InputError if destination exists, if its layout cannot say what the model is, or if it cannot be written.
+    """
+    destination = Path(destination)
+    ours, official = destination.suffix == ".safetensors", destination.suffix == ".pt"
+    target = destination if ours or official else destination / "transformer"
+    if target.exists():
+        raise InputError(f"{target} exists and is left as it is: remove it or give another name")
+    model = load_checkpoint(source)
+    state_dict, config = model.state_dict(), model.config
+    implied = dict(class_dropout_prob=0.1)  # what the other layouts do not say, so it has to be this
+    implied |= dict(num_heads=HEADS.get(config["hidden_size"])) if official else dict(mlp_ratio=4.0)
+    lost = [] if ours else [f"{key} {config[key]}" for key in _differing(implied, config)]
+    if lost:
+        raise InputError(f"{target} could not say that the model has {', '.join(lost)}: convert to a .safetensors")
+    if ours:
+        save_checkpoint(target, model, **model.metadata)
+    elif official:
+        write_atomically(target, lambda temporary: torch.save(state_dict, temporary))
+    else:
+        theirs = DIFFUSERS_FIXED | {key: config[name] for name, key in DIFFUSERS_CONFIG.items()} | dict(
+            _class_name="DiTTransformer2DModel", attention_head_dim=config["hidden_size"] // config["num_heads"],
+            out_channels=model.out_channels, norm_eps=1e-6)  # their default eps is 1e-5
+        tensors = _to_diffusers(state_dict, config["depth"])
+        write_atomically(target / "diffusion_pytorch_model.safetensors",
+                         lambda temporary: save_file(tensors, temporary, metadata=dict(format="pt")))
+        write_atomically(target / "config.json", lambda temporary: temporary.write_text(json.dumps(theirs, indent=2)))
+    print(f"wrote {target}")
+
+
+def main(args):
+    if args.command == "convert":
+        convert(args.source, args.destination)
+    else:
+        print_configs()
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Print the paper's configurations, or convert weights.")
+    command = parser.add_subparsers(dest="command").add_parser("convert", help="write weights in another layout")
+    command.add_argument("source", help="a run's folder, .safetensors, official .pt, diffusers folder or known name")
+    command.add_argument("destination", help="NAME.safetensors (ours), NAME.pt (official) or a folder (diffusers)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(main, parse_args())
