@@ -36,7 +36,8 @@ from gaussian_diffusion import create_diffusion
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
-SWEEPS = dict(cfg_scale=float, num_sampling_steps=int, eta=float, sampler=str)  # what --sweep takes, and its type
+SWEEPS = dict(cfg_scale=float, num_sampling_steps=int, eta=float,  # what --sweep takes, and how a value is read
+              sampler=lambda name: SAMPLERS[SAMPLERS.index(name)])
 OFFICIAL_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # of the official sample.py
 SLICE_PIXELS = 512 * 512  # images pass through the VAE so many pixels at a time: 512 px fits in a few GB
 

@@ -1,0 +1,532 @@
+"""Pictures: the VAE wrapper, sampling, and every flag of sample_grid.py seen in the pixels it makes."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample_grid
+from dit import DiT, InputError, save_checkpoint
+from gaussian_diffusion import create_diffusion
+from sample_grid import Autoencoder, class_grid, class_names, find_class, load_vae, make_grid, sample_images
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["tench, Tinca tinca", "golden retriever", "Labrador retriever", "otter"]
+TEN = [str(c) for c in range(10)]
+
+
+def small_dit(**overrides):
+    """A DiT whose output depends on all of its inputs: random weights in place of the zero ones."""
+    torch.manual_seed(0)
+    config = dict(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=4)
+    model = DiT(**config | overrides).eval()
+    for name, parameter in model.named_parameters():
+        if name != "pos_embed":
+            torch.nn.init.normal_(parameter, std=0.08)
+    return model
+
+
+def save_small(path, metadata=None, **overrides):
+    save_checkpoint(path, small_dit(**overrides), **dict(vae="none", class_names=NAMES) | (metadata or {}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return save_small(tmp_path_factory.mktemp("ckpt") / "small.safetensors")
+
+
+@pytest.fixture(scope="module")
+def kl_folder(tmp_path_factory):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("kl")
+    AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
+                  shift_factor=0.1, down_block_types=["DownEncoderBlock2D"] * 2,
+                  up_block_types=["UpDecoderBlock2D"] * 2).save_pretrained(folder)
+    return str(folder)
+
+
+def draw(ckpt, folder, *flags, steps=3, output="out.png"):
+    """Run the command line in this process; the picture it wrote, as PIL image."""
+    steps = [] if any("num-sampling-steps" in str(f) or "num_sampling" in str(f) for f in flags) else [steps]
+    words = ["--ckpt", ckpt, "--output", folder / output, *flags, *(["--num-sampling-steps", *steps] if steps else [])]
+    sample_grid.main(sample_grid.parse_args([str(word) for word in words]))
+    return Image.open(folder / output)
+
+
+def cells(image, columns, rows=1, captions=False, margin=2):
+    """The 64 x 64 cells of a grid of enlarged 8 x 8 images, back at 8 x 8: (rows * columns, 8, 8, 3)."""
+    pixels, out, top = np.asarray(image.convert("RGB")), [], 2
+    for _ in range(rows):
+        top += 13 if captions else 0
+        out += [pixels[top : top + 64 : 8, margin + c * 66 : margin + c * 66 + 64 : 8] for c in range(columns)]
+        top += 66
+    return np.stack(out)
+
+
+def refused(ckpt, folder, *flags):
+    with pytest.raises(InputError) as error:
+        draw(ckpt, folder, *flags)
+    assert not list(folder.iterdir())
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------------ the VAE
+
+
+def test_pixels_are_their_own_latents():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    for channels in (1, 3):
+        vae = Autoencoder.load("none", channels=channels)
+        latents = vae.sample(vae.encode(images))
+        assert latents.shape == (2, channels, 16, 16) and latents.min() == -1 and latents.max() == 1
+        assert torch.equal(vae.decode(latents), images)
+
+
+def test_rounding_is_sample_ddps():
+    x = torch.tensor([-1.5, -1.0, -0.5, 0.0, 1 / 255, 0.5, 0.9999, 1.0, 2.0]).view(1, 1, 3, 3)
+    expected = np.clip(127.5 * x.numpy() + 128, 0, 255).astype(np.uint8)
+    assert np.array_equal(Autoencoder(channels=1).decode(x)[:, :1].numpy(), expected)
+
+
+def test_kl_autoencoder_encodes_samples_and_decodes(kl_folder):
+    from diffusers import AutoencoderKL
+
+    vae, reference = Autoencoder.load(kl_folder), AutoencoderKL.from_pretrained(kl_folder)
+    assert (vae.name, vae.channels, vae.factor, vae.scale, vae.shift) == (kl_folder, 4, 2, 0.5, 0.1)
+    images = torch.randint(256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    moments = vae.encode(images)
+    posterior = reference.encode(images / 127.5 - 1).latent_dist
+    torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.logvar], 1), rtol=1e-4, atol=1e-5)
+    noise = torch.randn(3, 4, 8, 8)
+    latents = vae.sample(moments, noise=noise)
+    torch.testing.assert_close(latents, (posterior.mean + posterior.std * noise - 0.1) * 0.5, rtol=1e-4, atol=1e-5)
+    decoded = reference.decode(latents / 0.5 + 0.1).sample
+    difference = vae.decode(latents).int() - (127.5 * decoded + 128).clamp(0, 255).to(torch.uint8).int()
+    assert difference.abs().max() <= 1 and vae.decode(latents).dtype == torch.uint8
+    drawn = [vae.sample(moments, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_vae_works_in_slices_in_float32(kl_folder, monkeypatch):
+    vae, sizes, dtypes = Autoencoder.load(kl_folder), [], []
+    vae.vae.decoder.register_forward_pre_hook(lambda module, x: sizes.append(len(x[0])))
+    vae.vae.decoder.conv_in.register_forward_hook(lambda module, x, out: dtypes.append(out.dtype))
+    latents = torch.randn(5, 4, 8, 8)
+    whole = vae.decode(latents)
+    monkeypatch.setattr(sample_grid, "SLICE_PIXELS", 2 * 16 * 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        sliced = vae.decode(latents.bfloat16().float())
+    assert sizes == [5, 2, 2, 1] and set(dtypes) == {torch.float32}
+    assert (vae.decode(latents).int() - whole.int()).abs().max() <= 1
+    assert sliced.shape == whole.shape == (5, 3, 16, 16)
+
+
+def test_autoencoder_without_a_distribution(tmp_path):
+    from diffusers import AutoencoderTiny
+
+    AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+                    num_decoder_blocks=(1, 1)).save_pretrained(tmp_path)
+    vae = Autoencoder.load(str(tmp_path))
+    assert (type(vae.vae).__name__, vae.channels, vae.factor, vae.scale) == ("AutoencoderTiny", 4, 2, 1.0)
+    images = torch.randint(256, (2, 3, 16, 16)).to(torch.uint8)
+    moments = vae.encode(images)
+    assert moments.shape == (2, 8, 8, 8)
+    torch.testing.assert_close(vae.sample(moments), vae.vae.encode(images / 127.5 - 1).latents, atol=1e-4, rtol=1e-4)
+    assert vae.decode(vae.sample(moments)).shape == images.shape
+
+
+def test_missing_vaes_are_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(_class_name="NoSuchAutoencoder")))
+    for name in (tmp_path / "nowhere", "nobody/no-such-vae", "ema", tmp_path, ROOT / "docs"):
+        with pytest.raises(InputError, match="cannot load the VAE.*ema, mse, a hub id") as error:
+            Autoencoder.load(str(name))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_vae_must_fit_the_model(kl_folder):
+    with pytest.raises(InputError, match="latents of 4 channels.*trained on 1"):
+        load_vae(small_dit(), kl_folder)
+    with pytest.raises(InputError, match="pixels.*trained on 4"):
+        load_vae(small_dit(in_channels=4), "none")
+    model = small_dit(in_channels=4)
+    model.metadata = dict(vae=kl_folder)
+    assert load_vae(model).name == kl_folder
+
+
+# ------------------------------------------------------------------------------------------ sampling
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_an_image_does_not_depend_on_its_company(sampler):
+    model, diffusion, vae = small_dit(), create_diffusion("5"), Autoencoder(channels=1)
+    settings = dict(cfg_scale=2.0, sampler=sampler, eta=0.5)
+    together = sample_images(model, diffusion, vae, torch.tensor([0, 1, 2, 3, 1]), [7, 8, 9, 10, 7], **settings)
+    for i, (y, seed) in enumerate([(0, 7), (1, 8), (2, 9)]):
+        alone = sample_images(model, diffusion, vae, torch.tensor([y]), [seed], **settings)
+        assert (alone[0].int() - together[i].int()).abs().max() <= 1  # matrix products round by batch size
+    assert not torch.equal(together[0], together[4])  # the same noise, another class
+    torch.manual_seed(123)
+    again = sample_images(model, diffusion, vae, torch.tensor([0, 1, 2, 3, 1]), [7, 8, 9, 10, 7], **settings)
+    assert torch.equal(together, again)  # nothing hangs on global randomness
+    assert torch.initial_seed() == 123
+
+
+def test_guidance_interval_saves_the_second_pass():
+    model, diffusion, vae = small_dit(), create_diffusion("20"), Autoencoder(channels=1)
+    passes, images = {}, {}
+    for interval in (None, (0.3, 5.0), (1000.0, 2000.0)):
+        batches = []
+        hook = model.register_forward_pre_hook(lambda module, args, batches=batches: batches.append(len(args[0])))
+        images[interval] = sample_images(model, diffusion, vae, torch.tensor([1, 2]), [0, 1], cfg_scale=3.0,
+                                         guidance_interval=interval)
+        hook.remove()
+        passes[interval] = batches
+    inside = [0.3 <= sigma <= 5 for sigma in reversed(diffusion.sigmas)]
+    assert 3 < sum(inside) < 17
+    assert passes[None] == [4] * 20 and passes[0.3, 5.0] == [4 if i else 2 for i in inside]
+    assert passes[1000.0, 2000.0] == [2] * 20
+    plain = sample_images(model, diffusion, vae, torch.tensor([1, 2]), [0, 1])
+    assert torch.equal(images[1000.0, 2000.0], plain)
+    assert not torch.equal(images[0.3, 5.0], plain) and not torch.equal(images[0.3, 5.0], images[None])
+
+
+def test_bf16_runs_the_network_alone_in_bf16():
+    model, diffusion, vae, dtypes = small_dit(), create_diffusion("5"), Autoencoder(channels=1), []
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    seen = []
+    y, seeds = torch.tensor([1, 2]), [0, 1]
+    bf16 = sample_images(model, diffusion, vae, y, seeds, dtype="bf16", on_step=lambda i, x, x0: seen.append(x.dtype))
+    fp32 = sample_images(model, diffusion, vae, y, seeds)
+    assert dtypes == [torch.bfloat16] * 5 + [torch.float32] * 5 and set(seen) == {torch.float32}
+    difference = (bf16.int() - fp32.int()).abs()
+    assert difference.max() > 0 and difference.float().mean() < 4
+
+
+def test_latents_are_decoded_by_the_vae(kl_folder):
+    model, diffusion, vae = small_dit(in_channels=4), create_diffusion("3"), Autoencoder.load(kl_folder)
+    latents = []
+    keep = lambda i, x, x0: latents.append(x)
+    images = sample_images(model, diffusion, vae, torch.tensor([0, 1]), [3, 4], on_step=keep)
+    assert images.shape == (2, 3, 16, 16) and latents[0].shape == (2, 4, 8, 8)
+    assert latents[-1].abs().max() > 1  # latents are not clipped to [-1, 1] as pixels are
+    assert torch.equal(images, vae.decode(latents[-1]))
+
+
+def test_class_grid_has_a_column_for_each_class():
+    model, diffusion, vae = small_dit(), create_diffusion("2"), Autoencoder(channels=1)
+    model.metadata = dict(class_names=NAMES)
+    images, nrow, text = class_grid(model, diffusion, vae, 2, 5, "cpu")
+    assert images.shape == (8, 3, 8, 8) and nrow == 4
+    assert text[:2] == ["tench, seed 5", "golden retriever, seed 6"] and text[4] == "tench, seed 9"
+    alone = sample_images(model, diffusion, vae, torch.tensor([1]), [10])
+    assert (images[5].int() - alone[0].int()).abs().max() <= 1
+    images, nrow, text = class_grid(small_dit(num_classes=1), diffusion, vae, 3, 0, "cpu")
+    assert len(images) == 9 and nrow == 3 and text[:2] == ["seed 0", "seed 1"]  # unconditional: a square, no class
+
+
+# ------------------------------------------------------------------------------------------ classes
+
+
+def test_classes_by_name_synonym_and_number():
+    for text, number in (("golden retriever", 1), (" GOLDEN Retriever ", 1), ("Tinca tinca", 0), ("3", 3)):
+        assert find_class(text, NAMES) == number
+    assert find_class("10", ["1", "10", "2"]) == 1 and find_class("0", ["1", "10", "2"]) == 0  # a name goes first
+    with pytest.raises(InputError, match=r"no class 'golden retreiver'.*golden retriever \(1\).*0 to 3"):
+        find_class("golden retreiver", NAMES)
+    with pytest.raises(InputError, match=r"golden retriever \(1\), labrador retriever \(2\)|labrador.*golden"):
+        find_class("retriever", NAMES)
+    for text in ("4", "-1", "", "2.0", "\N{SUPERSCRIPT TWO}"):
+        with pytest.raises(InputError, match="0 to 3"):
+            find_class(text, NAMES)
+
+
+def test_imagenets_names_are_known():
+    with torch.device("meta"):
+        model = small_dit(num_classes=1000)
+    names = class_names(model)
+    assert len(names) == 1000 and names[207] == "golden retriever" and find_class("otter", names) == 360
+    model.metadata = dict(class_names=[f"n{i:08d}" for i in range(1000)])
+    assert class_names(model)[207] == "golden retriever"
+    model.metadata = dict(class_names=[f"thing {i}" for i in range(1000)])
+    assert class_names(model)[207] == "thing 207"
+    assert class_names(small_dit()) == ["0", "1", "2", "3"]
+
+
+# ------------------------------------------------------------------------------------------ the flags, in pixels
+
+
+def test_labels_nrow_and_captions(ckpt, tmp_path):
+    image = draw(ckpt, tmp_path, "--class-labels", "golden retriever,3,tinca TINCA", "--no-captions", "--nrow", "2")
+    assert image.size == (2 + 2 * 66, 2 + 2 * 66)
+    drawn = cells(image, 2, 2)
+    expected = sample_images(small_dit(), create_diffusion("3"), Autoencoder(channels=1), torch.tensor([1, 3, 0]),
+                             [0, 1, 2], cfg_scale=4.0)
+    assert np.array_equal(drawn[:3], expected.permute(0, 2, 3, 1).numpy())
+    assert (drawn[3] == 255).all()  # an empty place
+    captioned = draw(ckpt, tmp_path, "--class-labels", "golden retriever,3,tinca TINCA", "--nrow", "2")
+    assert captioned.size == (134, 134 + 2 * 13)
+    assert np.array_equal(cells(captioned, 2, 2, captions=True), drawn)
+    strip = np.asarray(captioned)[2:15, 2:66]
+    assert strip.min() < 100 and strip.max() == 255  # letters
+
+
+def test_default_grid_has_columns_of_classes(ckpt, tmp_path):
+    drawn = cells(draw(ckpt, tmp_path, "--no-captions"), 4, 4)
+    expected = class_grid(small_dit(), create_diffusion("3"), Autoencoder(channels=1), 4, 0, "cpu", cfg_scale=4.0)[0]
+    assert np.array_equal(drawn, expected.permute(0, 2, 3, 1).numpy())
+
+
+def test_images_per_class_repeats_the_labels(ckpt, tmp_path):
+    drawn = cells(draw(ckpt, tmp_path, "--class-labels", "1,2", "--images-per-class", "3", "--no-captions"), 2, 3)
+    flat = cells(draw(ckpt, tmp_path, "--class-labels", "1,2,1,2,1,2", "--nrow", "2", "--no-captions"), 2, 3)
+    assert np.array_equal(drawn, flat) and not np.array_equal(drawn[0], drawn[2])
+
+
+def test_seed_and_batches_do_what_they_say(ckpt, tmp_path):
+    flags = ["--class-labels", "1,1,1", "--no-captions"]
+    first = cells(draw(ckpt, tmp_path, *flags), 3)
+    shifted = cells(draw(ckpt, tmp_path, *flags, "--seed", "1"), 3)
+    assert np.array_equal(first[1:], shifted[:2]) and not np.array_equal(first[0], shifted[0])
+    batched = cells(draw(ckpt, tmp_path, *flags, "--per-proc-batch-size", "1"), 3)
+    assert np.abs(batched.astype(int) - first).max() <= 1
+
+
+@pytest.mark.parametrize(("flags", "same"), [
+    (["--sampler", "ddim"], False), (["--sampler", "dpm++"], False), (["--cfg-scale", "1.5"], False),
+    (["--num-sampling-steps", "4"], False), (["--guidance-interval", "0.3,5"], False), (["--dtype", "bf16"], False),
+    (["--cfg-scale", "4"], True), (["--sampler", "ddpm"], True), (["--guidance-interval", "0,1000"], True),
+    (["--num-sampling-steps", "3"], True), (["--vae", "none"], True), (["--no-tf32"], True),
+    (["--num-classes", "4", "--image-size", "8"], True)])
+def test_sampling_flags_change_the_pixels(ckpt, tmp_path, flags, same):
+    base = cells(draw(ckpt, tmp_path, "--class-labels", "1,2", "--no-captions"), 2)
+    changed = cells(draw(ckpt, tmp_path, "--class-labels", "1,2", "--no-captions", *flags), 2)
+    assert np.array_equal(base, changed) == same
+
+
+def test_eta_changes_ddim(ckpt, tmp_path):
+    images = [cells(draw(ckpt, tmp_path, "--class-labels", "1", "--sampler", "ddim", "--no-captions", *eta), 1)
+              for eta in ([], ["--eta", "0"], ["--eta", "1"])]
+    assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+
+
+def test_cfg_channels_guides_the_first_ones(tmp_path):
+    colour = save_small(tmp_path / "colour.safetensors", in_channels=3)
+    one, three, all_ = (cells(draw(colour, tmp_path, "--class-labels", "1", "--no-captions", *flags), 1)
+                        for flags in (["--cfg-channels", "1"], ["--cfg-channels", "3"], []))
+    assert np.array_equal(three, all_) and not np.array_equal(one, all_)
+
+
+def test_suggested_sampling_comes_with_the_weights(tmp_path):
+    with_data = save_small(tmp_path / "a.safetensors", dict(sampling=dict(num_sampling_steps=2, cfg_scale=1.5)))
+    picture = draw(with_data, tmp_path, "--class-labels", "1", "--no-captions", steps=2)
+    words = ["--ckpt", with_data, "--class-labels", "1", "--no-captions", "--output", str(tmp_path / "b.png")]
+    sample_grid.main(sample_grid.parse_args(words))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), np.asarray(picture))
+    settings = json.loads(Image.open(tmp_path / "b.png").text["settings"])
+    assert (settings["num_sampling_steps"], settings["cfg_scale"]) == (2, 1.5)
+
+
+def test_vae_flag_decodes(tmp_path, kl_folder):
+    latent = save_small(tmp_path / "latent.safetensors", dict(vae="ema"), in_channels=4)
+    image = draw(latent, tmp_path, "--vae", kl_folder, "--class-labels", "0,1", "--no-captions", "--image-size", "16")
+    assert image.size == (2 + 2 * 66, 2 + 66) and json.loads(image.text["settings"])["vae"] == kl_folder
+    vae = Autoencoder.load(kl_folder)
+    expected = sample_images(small_dit(in_channels=4), create_diffusion("3"), vae, torch.tensor([0, 1]), [0, 1],
+                             cfg_scale=4.0)
+    assert np.array_equal(np.asarray(image)[2:66:4, 2:66:4], expected[0].permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp", ".PNG"])
+def test_formats(ckpt, tmp_path, suffix):
+    exact = np.asarray(draw(ckpt, tmp_path, "--class-labels", "1,2", output="exact.png")).astype(int)
+    image = draw(ckpt, tmp_path, "--class-labels", "1,2", output=f"out{suffix}")
+    assert image.format == {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}[suffix[1:].lower()]
+    assert np.abs(np.asarray(image.convert("RGB")) - exact).mean() < (0.01 if image.format == "PNG" else 8)
+
+
+def test_the_picture_tells_how_to_draw_it_again(ckpt, tmp_path):
+    first = draw(ckpt, tmp_path, "--class-labels", "golden retriever,3", "--seed", "5", "--sampler", "ddim",
+                 "--eta", "0.5", "--cfg-scale", "2", "--guidance-interval", "0.1,50", "--no-captions",
+                 "--images-per-class", "2")
+    settings = json.loads(first.text["settings"])
+    assert settings["seed"] == 5 and settings["class_labels"] == "golden retriever,3" and settings["ckpt"] == ckpt
+    words = shlex.split(first.text["command"])
+    assert words[:2] == ["python", "sample_grid.py"]
+    sample_grid.main(sample_grid.parse_args([*words[2:], "--output", str(tmp_path / "again.png")]))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(first))
+
+
+def test_trajectory_shows_the_prediction_along_the_way(ckpt, tmp_path):
+    flags = ["--class-labels", "1,2", "--no-captions", "--trajectory", tmp_path / "t.gif"]
+    picture = draw(ckpt, tmp_path, *flags, steps=6)
+    film = Image.open(tmp_path / "t.gif")
+    assert film.n_frames == 6 and film.size == picture.size  # steps 5 to 1, then the images
+    frames = [cells(film.seek(k) or film.convert("RGB"), 2).astype(int) for k in range(6)]
+    assert np.abs(frames[-1] - cells(picture, 2)).mean() < 3
+    predicted = []
+    vae = Autoencoder(channels=1)
+    sample_images(small_dit(), create_diffusion("6"), vae, torch.tensor([1, 2]), [0, 1], cfg_scale=4.0,
+                  on_step=lambda i, x, x0: predicted.append(vae.decode(x0).permute(0, 2, 3, 1).numpy()))
+    assert np.abs(frames[0] - predicted[0]).mean() < 3 and np.abs(frames[2] - predicted[2]).mean() < 3
+
+
+@pytest.mark.parametrize("sweep", [
+    "cfg_scale=1,1.5,4", "num_sampling_steps=2,3,5", "eta=0,0.5,1", "sampler=ddpm,ddim,dpm++"])
+def test_sweep_has_a_row_for_each_value(ckpt, tmp_path, sweep):
+    name, _, values = sweep.partition("=")
+    extra = ["--sampler", "ddim"] if name == "eta" else []
+    image = draw(ckpt, tmp_path, "--class-labels", "1,2", "--sweep", sweep, "--no-captions", *extra)
+    margin = image.size[0] - 2 * 66
+    assert margin > 30 and np.asarray(image)[:, :margin].min() < 100  # the values, on the left
+    rows = cells(image, 2, 3, margin=margin)
+    assert "sweep" in json.loads(image.text["settings"]) and name not in shlex.split(image.text["command"])
+    for row, value in enumerate(values.split(",")):
+        single = draw(ckpt, tmp_path, "--class-labels", "1,2", f"--{name.replace('_', '-')}", value, "--no-captions",
+                      *(extra if name == "eta" else []))
+        assert np.array_equal(cells(single, 2), rows[2 * row : 2 * row + 2])
+    words = shlex.split(image.text["command"])
+    sample_grid.main(sample_grid.parse_args([*words[2:], "--output", str(tmp_path / "again.png")]))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(image))
+
+
+def test_sweep_names_the_columns_once(ckpt, tmp_path):
+    image = draw(ckpt, tmp_path, "--class-labels", "1,2", "--sweep", "cfg_scale=1,4")
+    assert image.size[1] == 2 + 13 + 2 * 66
+
+
+def test_grids_place_and_enlarge():
+    images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 128, 128) * 100
+    grid = np.asarray(make_grid(images, 8, ["a very long name that does not fit here"] * 3))
+    assert grid.shape[1] == 2 + 3 * 130  # no empty columns
+    assert [grid[-64, 2 + c * 130 + 5, 0] for c in range(3)] == [0, 100, 200]
+    assert (grid[:, 130:132][:13] == 255).all()  # the caption was cut at its image's edge
+
+
+# ------------------------------------------------------------------------------------------ official command lines
+
+
+def test_official_command_lines(tmp_path, kl_folder, monkeypatch):
+    """sample.py's own flags: the classes, four a row, guidance 4, 250 steps, the mse VAE; names download by size."""
+    asked = []
+
+    def load(name, device):
+        asked.append(name)
+        return small_dit(in_channels=4, num_classes=1000, input_size=32 if "256" in name else 64, patch_size=8)
+
+    def load_autoencoder(name, device, channels):
+        asked.append(name)
+        vae = Autoencoder(name=name, channels=4)
+        vae.vae, vae.factor, vae.decode = "official", 8, lambda x: (x[:, :3] * 50 + 128).clamp(0, 255).to(torch.uint8)
+        return vae
+
+    monkeypatch.setattr(sample_grid, "load_checkpoint", load)
+    monkeypatch.setattr(sample_grid.Autoencoder, "load", load_autoencoder)
+    monkeypatch.chdir(tmp_path)
+    sample_grid.main(sample_grid.parse_args(["--image-size", "512", "--seed", "1", "--num-sampling-steps", "2"]))
+    assert asked == ["DiT-XL/2-512", "mse"]
+    image = Image.open("sample.png")
+    assert image.size == (2 + 4 * 66, 2 + 2 * (66 + 13))
+    settings = json.loads(image.text["settings"])
+    assert (settings["cfg_scale"], settings["seed"], settings["vae"]) == (4.0, 1, "mse")
+    args = sample_grid.parse_args([])
+    assert sample_grid.sampling_settings(args, load("256", None), 4.0)[0].num_timesteps == 250
+    model = load("256", None)
+    assert sample_grid.choose_labels(args, model, class_names(model)) == ([207, 360, 387, 974, 88, 979, 417, 279], 4)
+    with pytest.raises(InputError, match="depth 2, not 24.*"):
+        sample_grid.main(sample_grid.parse_args(["--model", "DiT-L/4", "--image-size", "256", "--ckpt", "X256.pt"]))
+    assert asked[-2:] == ["X256.pt", "mse"]
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--class-labels", "golden retreiver"], "golden retriever (1)"), (["--class-labels", "4"], "0 to 3"),
+    (["--num-sampling-steps", "1001"], "1 to 1000"), (["--num-sampling-steps", "0"], "1 to 1000"),
+    (["--num-sampling-steps", "-3"], "1 to 1000"),
+    (["--sampler", "dpm++", "--num-sampling-steps", "1001"], "1 to 1000"), (["--eta", "0.5"], "ddim alone"),
+    (["--sampler", "ddim", "--eta", "1.5"], "0 to 1"), (["--cfg-channels", "2"], "1 channel"),
+    (["--guidance-interval", "5"], "two noise levels"), (["--guidance-interval", "5,1"], "above"),
+    (["--output", "nowhere/out.png"], "nowhere"), (["--output", "out.bmp"], ".webp"), (["--output", "out"], ".png"),
+    (["--trajectory", "out.mp4"], ".gif"), (["--trajectory", "nowhere/out.gif"], "nowhere"),
+    (["--nrow", "0"], "--nrow 0"), (["--images-per-class", "-1"], "--images-per-class -1"),
+    (["--per-proc-batch-size", "0"], "at least 1"), (["--sweep", "depth=1,2"], "cfg_scale"),
+    (["--sweep", "cfg_scale"], "values"), (["--sweep", "cfg_scale=a"], "values"),
+    (["--sweep", "cfg_scale=1,2", "--nrow", "2"], "--nrow"), (["--sweep", "sampler=euler"], "euler"),
+    (["--sweep", "num_sampling_steps=5,2000"], "2000"), (["--model", "DiT-Q/2"], "DiT-XL/2"),
+    (["--model", "DiT-L/4"], "not 24"), (["--image-size", "256"], "image_size 8, not 256"),
+    (["--num-classes", "10"], "num_classes 4, not 10"), (["--vae", "nobody/no-such-vae"], "cannot load the VAE")])
+def test_bad_input_is_said_before_sampling(ckpt, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(sample_grid, "sample_shared", None)  # sampling would be a TypeError
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(ckpt, tmp_path, *flags)
+
+
+def test_guidance_needs_a_null_class(tmp_path):
+    no_null = save_small(tmp_path / "plain.safetensors", class_dropout_prob=0.0)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert "label dropout" in refused(no_null, folder, "--cfg-scale", "2")
+    assert json.loads(draw(no_null, tmp_path).text["settings"])["cfg_scale"] == 1.0  # unset: no guidance
+
+
+def test_scale_below_one_warns(ckpt, tmp_path, capsys):
+    draw(ckpt, tmp_path, "--cfg-scale", "0", "--class-labels", "1")
+    assert "off at 1.0, not at 0" in capsys.readouterr().err
+    draw(ckpt, tmp_path, "--cfg-scale", "1", "--class-labels", "1")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_output_folder_must_be_writable(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write to .*file"):
+        sample_grid.check_output(tmp_path / "file" / "out.png", sample_grid.FORMATS)
+    with pytest.raises(InputError, match="cannot write"):
+        sample_grid.check_output("/proc/out.png", sample_grid.FORMATS)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match="must end in"):
+        sample_grid.check_output(tmp_path / "folder.png", sample_grid.FORMATS)
+    sample_grid.check_output(tmp_path / "out.png", sample_grid.FORMATS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+# ------------------------------------------------------------------------------------------ processes and threads
+
+
+def test_processes_share_the_work(ckpt, tmp_path):
+    alone = draw(ckpt, tmp_path, "--class-labels", "1,2,3", output="alone.png")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+             ROOT / "sample_grid.py", "--ckpt", ckpt, "--class-labels", "1,2,3", "--num-sampling-steps", "3",
+             "--output", "shared.png"]
+    result = subprocess.run([str(word) for word in words], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.count("wrote") == 1, result.stderr
+    difference = np.asarray(Image.open(tmp_path / "shared.png")).astype(int) - np.asarray(alone)
+    assert np.abs(difference).max() <= 1
+
+
+def test_a_lone_process_gets_its_cores_back(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for launcher, threads in ((True, "1"), (True, "3"), (False, "1")):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as `accelerate launch` leaves it
+        if not launcher:
+            monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+        sample_grid.make_accelerator()
+    assert asked == [len(os.sched_getaffinity(0))]  # three threads, or one without the launcher, are a choice
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_set_for_products_and_convolutions(tf32):
+    sample_grid.make_accelerator(tf32=tf32)
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
