@@ -20,7 +20,6 @@ import math
 import os
 import re
 import shlex
-import sys
 import tempfile
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dit import DEMO_CONFIGS, DIT_CONFIGS, InputError, load_checkpoint, run_command, write_atomically
+from dit import InputError, check_config, load_checkpoint, run_command, say, write_atomically
 from gaussian_diffusion import create_diffusion
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
@@ -87,11 +86,11 @@ class Autoencoder:
         try:
             config = diffusers.AutoencoderKL.load_config(source)
             vae = getattr(diffusers, config["_class_name"]).from_pretrained(source, torch_dtype=torch.float32)
+            return cls(vae.to(device).eval().requires_grad_(False), name)
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"cannot load the VAE {source!r}: give ema, mse, a hub id (and a network), or a diffusers "
                              f"folder with config.json ({reason})") from error
-        return cls(vae.to(device).eval().requires_grad_(False), name)
 
     def _in_slices(self, function, x, pixels):
         """function on a few images at a time: as many, of `pixels` image pixels each, as SLICE_PIXELS has room for."""
@@ -238,8 +237,8 @@ def sampling_settings(args, model, cfg_scale):
     if scale != 1 and not can_guide:
         raise InputError(f"--cfg-scale {scale} needs a null class, and this model was trained without label dropout: "
                          "use --cfg-scale 1.0")
-    if scale < 1 and int(os.environ.get("RANK", 0)) == 0:
-        print(f"warning: --cfg-scale {scale} weakens the class; guidance is off at 1.0, not at 0", file=sys.stderr)
+    if scale < 1:
+        say(f"warning: --cfg-scale {scale} weakens the class; guidance is off at 1.0, not at 0")
     if args.cfg_channels is not None and not 1 <= args.cfg_channels <= model.in_channels:
         raise InputError(f"--cfg-channels {args.cfg_channels}: the model has {model.in_channels} channels")
     if args.eta is not None and (args.sampler != "ddim" or not 0 <= args.eta <= 1):
@@ -350,7 +349,7 @@ def save_grid(images, path, nrow, labels=None, metadata=None, row_labels=None):
     if Path(path).suffix.lower() == ".png":
         options = dict(pnginfo=PngImagePlugin.PngInfo())
         for key, value in (metadata or {}).items():
-            options["pnginfo"].add_text(key, value)
+            options["pnginfo"].add_text(key, str(value))
     write_atomically(path, lambda temporary: canvas.save(temporary, **options))
 
 
@@ -401,18 +400,6 @@ def check_output(path, formats):
         raise InputError(f"cannot write to {path.parent}: {error.strerror}; choose an existing folder") from error
 
 
-def check_model(args, model, vae):
-    """InputError when the weights are not what --model, --image-size and --num-classes say."""
-    if args.model and args.model not in DIT_CONFIGS | DEMO_CONFIGS:
-        raise InputError(f"unknown model {args.model!r}: use one of {', '.join(DIT_CONFIGS | DEMO_CONFIGS)}")
-    wanted = (DIT_CONFIGS | DEMO_CONFIGS).get(args.model, {}) | dict(
-        image_size=args.image_size, num_classes=args.num_classes)
-    found = model.config | dict(image_size=model.input_size * vae.factor)
-    wrong = [f"{name} {found[name]}, not {value}" for name, value in wanted.items() if value not in (None, found[name])]
-    if wrong:
-        raise InputError(f"the weights do not fit --model, --image-size or --num-classes: they have {'; '.join(wrong)}")
-
-
 def choose_labels(args, model, names):
     """The labels, a list of ints, and images in a row that the flags ask for."""
     per_class = args.images_per_class
@@ -447,11 +434,10 @@ def sweep_rows(args):
 
 def describe(args, ckpt, vae, diffusion, sampling):
     """The PNG's text chunks: "settings", JSON of the flags as they were used, and "command", which draws it again."""
-    settings = dict(num_sampling_steps=diffusion.num_timesteps, cfg_scale=sampling["cfg_scale"])
-    if args.sweep:  # which varies one of them
-        settings.pop(args.sweep.partition("=")[0], None)
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    settings = given | settings | dict(ckpt=ckpt, vae=vae.name)
+    settings = {name: value for name, value in vars(args).items() if value is not None}
+    settings |= dict(ckpt=ckpt, vae=vae.name)
+    if not args.sweep:  # it may vary these
+        settings |= dict(num_sampling_steps=diffusion.num_timesteps, cfg_scale=sampling["cfg_scale"])
     for name in ("output", "trajectory", "per_proc_batch_size"):
         settings.pop(name, None)
     words = ["python", "sample_grid.py"]
@@ -473,7 +459,10 @@ def main(args):
     ckpt = args.ckpt or f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"
     model = load_checkpoint(ckpt, accelerator.device)
     vae = load_vae(model, args.vae, "mse", accelerator.device)
-    check_model(args, model, vae)
+    check_config(model, ckpt, args.model, num_classes=args.num_classes)
+    size = model.input_size * vae.factor
+    if args.image_size not in (None, size):
+        raise InputError(f"{ckpt} makes images of {size} px, not {args.image_size}: check --image-size and --vae")
     names = class_names(model)
     labels, nrow = choose_labels(args, model, names)
     settings = [sampling_settings(row, model, cfg_scale=4.0) for row in rows]

@@ -464,7 +464,7 @@ def test_official_command_lines(tmp_path, kl_folder, monkeypatch):
     (["--sweep", "cfg_scale"], "values"), (["--sweep", "cfg_scale=a"], "values"),
     (["--sweep", "cfg_scale=1,2", "--nrow", "2"], "--nrow"), (["--sweep", "sampler=euler"], "euler"),
     (["--sweep", "num_sampling_steps=5,2000"], "2000"), (["--model", "DiT-Q/2"], "DiT-XL/2"),
-    (["--model", "DiT-L/4"], "not 24"), (["--image-size", "256"], "image_size 8, not 256"),
+    (["--model", "DiT-L/4"], "not 24"), (["--image-size", "256"], "8 px, not 256"),
     (["--num-classes", "10"], "num_classes 4, not 10"), (["--vae", "nobody/no-such-vae"], "cannot load the VAE")])
 def test_bad_input_is_said_before_sampling(ckpt, tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr(sample_grid, "sample_shared", None)  # sampling would be a TypeError
