@@ -222,6 +222,19 @@ def add_sampling_args(parser):
         "GPUs: faster, ten bits of mantissa (default: on)")
 
 
+def parse_interval(text):
+    """"0.3,5" -> [0.3, 5.0], None -> None; InputError for what is no interval of noise levels."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(value) for value in text.split(","))
+    except ValueError:
+        raise InputError(f"--guidance-interval {text}: give two noise levels, such as 0.3,5") from None
+    if not 0 <= low <= high:
+        raise InputError(f"--guidance-interval {text}: the first must be 0 or more, the second not below it")
+    return [low, high]
+
+
 def sampling_settings(args, model, cfg_scale):
     """The diffusion process and the keyword arguments of sample_images that the sampling flags ask for.
 
@@ -245,21 +258,13 @@ def sampling_settings(args, model, cfg_scale):
         raise InputError(f"--eta {args.eta} with --sampler {args.sampler}: eta is from 0 to 1 and for ddim alone")
     if args.dtype == "bf16" and model.pos_embed.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError(f"--dtype bf16: {torch.cuda.get_device_name()} has no bfloat16; use --dtype fp32")
-    interval = args.guidance_interval
-    if interval is not None:
-        try:
-            low, high = interval = [float(value) for value in interval.split(",")]
-        except ValueError:
-            raise InputError(f"--guidance-interval {interval}: give two noise levels, such as 0.3,5") from None
-        if not 0 <= low <= high:
-            raise InputError(f"--guidance-interval {low:g},{high:g}: the first must not be above the second")
     try:
         respacing = f"trailing{steps}" if args.sampler == "dpm++" else str(steps)
         diffusion = create_diffusion(respacing, learn_sigma=model.learn_sigma)
     except ValueError as error:
         raise InputError(f"--num-sampling-steps {steps}: {error}") from error
     return diffusion, dict(cfg_scale=scale, sampler=args.sampler, eta=args.eta or 0.0, cfg_channels=args.cfg_channels,
-                           guidance_interval=interval, dtype=args.dtype)
+                           guidance_interval=parse_interval(args.guidance_interval), dtype=args.dtype)
 
 
 # ------------------------------------------------------------------------------------------ grids
@@ -451,21 +456,21 @@ def main(args):
     check_output(args.output, FORMATS)
     if args.trajectory:
         check_output(args.trajectory, (".gif",))
-    for name in ("nrow", "images_per_class", "per_proc_batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name, least in (("nrow", 1), ("images_per_class", 1), ("per_proc_batch_size", 1), ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     rows, row_labels = sweep_rows(args)
     accelerator = make_accelerator(tf32=args.tf32)
     ckpt = args.ckpt or f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"
     model = load_checkpoint(ckpt, accelerator.device)
-    vae = load_vae(model, args.vae, "mse", accelerator.device)
     check_config(model, ckpt, args.model, num_classes=args.num_classes)
-    size = model.input_size * vae.factor
-    if args.image_size not in (None, size):
-        raise InputError(f"{ckpt} makes images of {size} px, not {args.image_size}: check --image-size and --vae")
     names = class_names(model)
     labels, nrow = choose_labels(args, model, names)
     settings = [sampling_settings(row, model, cfg_scale=4.0) for row in rows]
+    vae = load_vae(model, args.vae, "mse", accelerator.device)
+    size = model.input_size * vae.factor
+    if args.image_size not in (None, size):
+        raise InputError(f"{ckpt} makes images of {size} px, not {args.image_size}: check --image-size and --vae")
 
     y = torch.tensor(labels, device=accelerator.device)
     seeds = range(args.seed, args.seed + len(labels))

@@ -246,6 +246,8 @@ def test_results_are_float32_in_mixed_precision():
     assert diffusion.q_sample(x.bfloat16(), t, x.bfloat16()).dtype == torch.float32
     assert diffusion.p_mean_variance(model, x, t)["mean"].dtype == torch.float32
     assert diffusion.training_losses(model, x, t)["vb"].dtype == torch.float32
+    exact = lambda x, t: model(x, t).float()
+    assert torch.equal(*(diffusion.p_mean_variance(f, x, t)["log_variance"] for f in (model, exact)))
     tables = diffusion._tables["cpu"]  # no float64, which some devices do not have
     assert {table.dtype for table in tables.values()} == {torch.float32, torch.int64}
 
