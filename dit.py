@@ -79,7 +79,10 @@ def modulate(x, shift, scale):
 
 
 class PatchEmbed(nn.Module):
-    """Cut x (N, C, H, W) into p x p patches and project each to a token: (N, T, D), T = H/p * W/p, row by row."""
+    """Cut x (N, C, H, W) into p x p patches and project each to a token: (N, T, D), T = H/p * W/p, row by row.
+
+    Figure 4 of the paper.
+    """
 
     def __init__(self, patch_size, in_channels, hidden_size):
         super().__init__()
@@ -90,7 +93,10 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """t (N,) -> (N, D): sinusoids of 128 frequencies from 1 down to 1/10000, then a two-layer MLP."""
+    """t (N,) -> (N, D): sinusoids of 128 frequencies from 1 down to 1/10000, then a two-layer MLP.
+
+    The sinusoids are those of Vaswani et al., 2017, section 3.5, cosines first.
+    """
 
     def __init__(self, hidden_size, frequency_size=256):
         super().__init__()
@@ -105,7 +111,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """y (N,) -> (N, D). With label dropout the table has one row more, the null label `num_classes`, for guidance."""
+    """y (N,) -> (N, D). With label dropout (Ho & Salimans, 2022, algorithm 1) the last row is the null label."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
@@ -283,7 +289,10 @@ class DiT(nn.Module):
 
 
 def sincos_positions(hidden_size, side):
-    """Fixed 2-D position embeddings, (side * side, hidden_size): first half the column, second half the row."""
+    """Fixed 2-D position embeddings (Vaswani et al., 2017, section 3.5, once per axis) of side x side tokens.
+
+    Returns (side * side, hidden_size) float32: the first half tells the column, the second the row.
+    """
     quarter = hidden_size // 4
     omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
     angles = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega  # (side, D/4)
@@ -358,7 +367,10 @@ def write_atomically(path, write):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        os.chmod(temporary, mode)  # safetensors leaves a file that only its owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -611,26 +623,25 @@ def _read_diffusers(folder):
 
 def _download(name):
     """The folder of a name's weights in the hub's cache, downloaded if they are not there; InputError if it cannot."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import snapshot_download
 
     say(f"{name}: Meta's weights, huggingface.co/{HUB[name]}, licence CC BY-NC 4.0: not for commercial use")
     try:
-        hf_hub_download(HUB[name], "transformer/config.json")
-        try:
-            weights = Path(hf_hub_download(HUB[name], "transformer/diffusion_pytorch_model.safetensors"))
-        except EntryNotFoundError:
-            weights = Path(hf_hub_download(HUB[name], "transformer/diffusion_pytorch_model.bin"))
+        snapshot = snapshot_download(HUB[name], allow_patterns=["transformer/*.json", "transformer/*.safetensors"])
+        folder = Path(snapshot) / "transformer"
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(HUB[name], allow_patterns="transformer/*.bin")
     except Exception as error:  # whatever the hub's client and its HTTP library raise
         raise InputError(f"cannot download {name} from huggingface.co ({type(error).__name__}): is there a network? "
                          "Else give --ckpt its file or folder") from error
-    digest = hashlib.sha256()
-    with open(weights, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    if digest.hexdigest() != weights.resolve().name:  # by which the hub's cache names a large file
-        raise InputError(f"{weights} is damaged: delete {weights.resolve()} and run again")
-    return weights.parent
+    for weights in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        digest = hashlib.sha256()
+        with open(weights, "rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+        if digest.hexdigest() != weights.resolve().name:  # by which the hub's cache names a large file
+            raise InputError(f"{weights} is damaged: delete {weights.resolve()} and run again")
+    return folder
 
 
 def convert(source, destination):

@@ -292,6 +292,8 @@ def test_our_file_carries_config_and_metadata(tiny, tmp_path):
     path = tmp_path / "new" / "a.safetensors"
     save_checkpoint(path, tiny, step=5, class_names=["a", "ü"], sampling=dict(cfg_scale=1.5))
     assert os.listdir(path.parent) == ["a.safetensors"]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it
     state = torch.random.get_rng_state()
     model = load_checkpoint(path)
     assert torch.equal(state, torch.random.get_rng_state())
