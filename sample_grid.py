@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,7 @@ class Autoencoder:
         import diffusers
 
         source = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else str(name)
+        warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")  # between diffusers 0.42 and huggingface_hub
         try:
             config = diffusers.AutoencoderKL.load_config(source)
             vae = getattr(diffusers, config["_class_name"]).from_pretrained(source, torch_dtype=torch.float32)

@@ -326,6 +326,15 @@ def test_dpm_solver_equals_diffusers(schedule, steps):
     torch.testing.assert_close(got, expected, rtol=0, atol=5e-5)
 
 
+def test_trailing_steps_are_diffusers():
+    from diffusers import DPMSolverMultistepScheduler
+
+    for count in (1, 5, 20, 250):
+        scheduler = DPMSolverMultistepScheduler(timestep_spacing="trailing")
+        scheduler.set_timesteps(count)
+        assert scheduler.timesteps.tolist() == space_timesteps(1000, f"trailing{count}")[::-1]
+
+
 def exact_gaussian(std):
     """The optimal eps for data N(0, std^2): its sampling ODE and the final distribution are known exactly."""
     long = create_diffusion("")
