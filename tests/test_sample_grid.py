@@ -241,6 +241,7 @@ def test_classes_by_name_synonym_and_number():
     for text, number in (("golden retriever", 1), (" GOLDEN Retriever ", 1), ("Tinca tinca", 0), ("3", 3)):
         assert find_class(text, NAMES) == number
     assert find_class("10", ["1", "10", "2"]) == 1 and find_class("0", ["1", "10", "2"]) == 0  # a name goes first
+    assert find_class("crane", ["crane, bird", "crane"]) == 0
     with pytest.raises(InputError, match=r"no class 'golden retreiver'.*golden retriever \(1\).*0 to 3"):
         find_class("golden retreiver", NAMES)
     with pytest.raises(InputError, match=r"golden retriever \(1\), labrador retriever \(2\)|labrador.*golden"):
@@ -311,6 +312,13 @@ def test_sampling_flags_change_the_pixels(ckpt, tmp_path, flags, same):
     base = cells(draw(ckpt, tmp_path, "--class-labels", "1,2", "--no-captions"), 2)
     changed = cells(draw(ckpt, tmp_path, "--class-labels", "1,2", "--no-captions", *flags), 2)
     assert np.array_equal(base, changed) == same
+
+
+def test_dpm_solver_takes_trailing_steps(ckpt, tmp_path):
+    drawn = cells(draw(ckpt, tmp_path, "--class-labels", "1", "--sampler", "dpm++", "--no-captions", steps=4), 1)
+    expected = sample_images(small_dit(), create_diffusion("trailing4"), Autoencoder(channels=1), torch.tensor([1]),
+                             [0], cfg_scale=4.0, sampler="dpm++")
+    assert np.array_equal(drawn, expected.permute(0, 2, 3, 1).numpy())
 
 
 def test_eta_changes_ddim(ckpt, tmp_path):
