@@ -24,11 +24,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from dit import InputError, check_config, load_checkpoint, run_command, say, write_atomically
 from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from dit import InputError, check_config, load_checkpoint, run_command, say, write_atomically
 from sample_grid import add_sampling_args, load_vae, make_accelerator, sample_images, sampling_settings
 
 METRICS = ("fid", "sfid", "is", "pr", "kid", "dc")
@@ -116,7 +117,6 @@ class ImageData(torch.utils.data.Dataset):
     def __getitem__(self, key):
         index, mirror = key if isinstance(key, tuple) else (key, False)
         item = self.images[index]
-        item = item.get("image", item) if isinstance(item, dict) else item
         path = isinstance(item, dict) and item["path"]
         image = decode_image(item, path or f"{index} of {self.name}")
         array = center_crop_arr(image, self.image_size) if self.image_size else np.asarray(image)
@@ -167,10 +167,9 @@ def load_data(path, image_size=None, image_column=None, label_column=None, split
                          f"or a hub id and a network ({reason})") from error
     image_column = _column(data, image_column, "image", lambda f: isinstance(f, datasets.Image), path)
     label_column = _column(data, label_column, "label", lambda f: isinstance(f, datasets.ClassLabel), path)
-    images = data.select_columns([image_column]).rename_column(image_column, "image")
     labels, names = _labels(data, label_column)
-    images = images.cast_column("image", datasets.Image(decode=False))
-    return ImageData(Path(path).name, images, labels, names, image_size or 256)
+    images = data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    return ImageData(Path(path).name, images[image_column], labels, names, image_size or 256)
 
 
 def _column(data, name, kind, matches, path):
@@ -220,7 +219,7 @@ def load_folder(path, image_size=None, split="train"):
     numbers = {name: number for number, name in enumerate(names)}
     labels = np.array([numbers.get(name, 0) for name in classes], dtype=np.int64)
     images = datasets.Dataset.from_dict({"image": [os.path.join(root, file) for file in files]})
-    images = images.cast_column("image", datasets.Image(decode=False))
+    images = images.cast_column("image", datasets.Image(decode=False))["image"]
     return ImageData(Path(path).resolve().name, images, labels, names or None, image_size)
 
 
@@ -735,6 +734,8 @@ def extract(name, count, batches, network, accelerator, metrics, rows=False, pro
     wanted = [rows or bool({"pr", "kid", "dc"} & set(metrics)), probs and "is" in metrics, rows and "sfid" in metrics]
     kept, home = ([], [], []), "cpu" if accelerator.device.type == "mps" else accelerator.device  # MPS has no float64
     for images in batches:
+        if not len(images):  # another process has the last one
+            continue
         sizes |= {tuple(image.shape[1:]) for image in images}
         if len(sizes) > 1 and not network.any_size:
             raise InputError(f"{name} has images of {' and '.join(f'{w} x {h}' for h, w in sorted(sizes)[:2])} pixels: "
@@ -1016,7 +1017,7 @@ def evaluate_model(
     settings |= dict(label_mode=label_mode, seed=seed, image_size=size)
     check_sets(reference, (size, size), num_samples, metrics, accelerator)
     if save_images_to:
-        weights = sum(float(p.double().abs().sum()) for p in model.parameters())
+        weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
         _check_folder(save_images_to, settings | dict(weights=f"{weights:.9e}"), accelerator)
     labels = sample_labels(model.num_classes, num_samples, label_mode, seed)
     batches = generate(model, diffusion, vae, labels, accelerator, seed, batch_size, save_images_to, **sampling)

@@ -1,0 +1,608 @@
+"""The metrics against values of other implementations, the networks against eager copies, the command line."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import threading
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import evaluate
+from dit import DiT, InputError, save_checkpoint
+from evaluate import (
+    NpzImages,
+    Statistics,
+    compute_statistics,
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    load_data,
+    load_features,
+    main,
+    parse_args,
+    precision_recall,
+    reference_set,
+    sample_labels,
+)
+from gaussian_diffusion import create_diffusion
+from sample_grid import Autoencoder, make_accelerator
+
+FOLDER = Path(__file__).parent / "data" / "metrics"
+CASES = np.load(FOLDER / "cases.npz")
+EXPECTED = json.loads((FOLDER / "expected.json").read_text())
+RNG = np.random.default_rng(0)
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+def softmax(logits):
+    p = np.exp(np.float64(logits) - logits.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
+
+
+def figure(case, name):
+    numbers = [int(n) for n in re.findall(r"=(\d+)", name)]
+    if name.startswith("is_adm"):
+        return inception_score(softmax(CASES[f"{case}/logits"]), *numbers)[0]
+    real = CASES[f"{case}/real"]
+    fake = real if case == "identical" else CASES[f"{case}/fake"]
+    if name == "fid":
+        return frechet_distance(*compute_statistics(real), *compute_statistics(fake))
+    if name.startswith("kid"):
+        return kernel_distance(real, fake, *numbers)[name.startswith("kid_std")]
+    if name.startswith("prdc"):
+        return density_coverage(real, fake, int(name[6]))["coverage" in name]
+    return precision_recall(real, fake, 3)[name.startswith("recall")]
+
+
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case, figures in EXPECTED.items() for name in figures])
+def test_metric_equals_other_implementations(case, name):
+    expected = EXPECTED[case][name]
+    assert abs(figure(case, name) - expected["value"]) <= expected["tol"]
+
+
+def brute_force(real, fake, k):
+    """Precision, recall, density and coverage by definition, in float64 from differences."""
+    real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
+
+    def distances(a, b):
+        return torch.stack([(row - b).square().sum(1) for row in a])
+
+    def radii(x):
+        return distances(x, x).fill_diagonal_(torch.inf).kthvalue(k, 1).values
+
+    d, real_radii, fake_radii = distances(real, fake), radii(real)[:, None], radii(fake)[None]
+    shares = (d <= real_radii).any(0), (d <= fake_radii).any(1), (d < real_radii).sum() / (k * len(fake)), \
+        (d < real_radii).any(1)
+    return [float(share.double().mean()) for share in shares]
+
+
+def hard_sets():
+    g, f = RNG.normal(size=(130, 16)), RNG.normal(size=(101, 16)) * 0.8 + 0.2
+    outlier = g.copy()
+    outlier[3] *= 1e4
+    centres = RNG.normal(size=(10, 16))[RNG.integers(0, 10, 130)]
+    return dict(
+        plain=(g, f), offset=(g + 1e4, f + 1e4), tiny=(g * 1e-5, f * 1e-5), outlier=(outlier, f),
+        near_duplicates=(g, g[:101] + 1e-6 * f), clusters=(centres + 1e-4 * g, centres[:101] + 1e-4 * f),
+        copies=(g, g[::-1][:90]), ties=(RNG.integers(0, 2, (130, 6)), RNG.integers(0, 3, (101, 6))),
+        constant=(np.ones((30, 4)), np.ones((20, 4))), two_points=(np.repeat(g[:2], 20, 0), np.repeat(g[:4], 10, 0)),
+        rectified=(np.maximum(g, 0), np.maximum(f, 0)))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("name", list(hard_sets()))
+def test_neighbourhoods_are_exact(name, dtype):
+    real, fake = (x.astype(dtype) for x in hard_sets()[name])
+    for k in (1, 5):
+        found = [*precision_recall(real, fake, k, block=48), *density_coverage(real, fake, k, block=48)]
+        np.testing.assert_allclose(found, brute_force(real, fake, k), atol=1e-6)
+
+
+def test_precision_is_of_the_fake_and_recall_of_the_real():
+    wide, narrow = RNG.normal(size=(300, 4)), 0.1 * RNG.normal(size=(200, 4))
+    precision, recall = precision_recall(wide, narrow)
+    assert precision == 1 and recall < 0.2
+    assert precision_recall(narrow, wide) == (recall, precision)
+
+
+@pytest.mark.parametrize("case", ["few", "few_both", "ill", "ill_rotated", "self", "self_few", "offset", "dead"])
+def test_fid_of_singular_covariances_equals_the_one_from_the_data(case):
+    scale, turn = 10.0 ** -np.linspace(0, 8, 48), np.linalg.qr(RNG.normal(size=(48, 48)))[0]
+    a, b = RNG.normal(size=(90, 48)), RNG.normal(size=(100, 48)) + 0.1
+    real, fake = dict(
+        few=(a[:20], b), few_both=(a[:20], b[:30]), ill=(a * scale, b * scale),
+        ill_rotated=(a * scale, b * scale @ turn), self=(a, a),
+        self_few=(a[:9], a[:9]), offset=(a + 1e6, b + 1e6), dead=(a * (scale > 1e-3), b * (scale > 1e-2)),
+    )[case]
+    # |F^T G|_* for the covariances' exact factors, the centred data
+    x, y = ((s - s.mean(0)) / (len(s) - 1) ** 0.5 for s in (real, fake))
+    traces = (x**2).sum() + (y**2).sum()
+    nuclear = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    expected = ((real.mean(0) - fake.mean(0)) ** 2).sum() + traces - 2 * nuclear
+    found = frechet_distance(*compute_statistics(real), *compute_statistics(fake))
+    assert abs(found - expected) < 1e-10 * traces and found >= 0
+
+
+def test_statistics_in_batches_equal_numpys_at_a_large_offset():
+    rows = RNG.normal(size=(1001, 8)) + 1e7
+    statistics = Statistics()
+    for part in torch.from_numpy(rows).split(64):
+        statistics.add(part)
+    mean, covariance = statistics.result()
+    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(covariance, np.cov(rows, rowvar=False), rtol=1e-6, atol=1e-8)
+
+
+def test_half_precision_integers_and_tensors_are_taken_as_they_are():
+    half = RNG.normal(size=(50, 8)).astype(np.float16)
+    np.testing.assert_array_equal(compute_statistics(half)[1], compute_statistics(half.astype(np.float64))[1])
+    mean, covariance = compute_statistics(RNG.integers(0, 255, (50, 8), dtype=np.uint8))
+    assert isinstance(mean, np.ndarray) and covariance.dtype == np.float64 and mean.max() > 100
+    assert kernel_distance(torch.from_numpy(half), half, 3, 20) == kernel_distance(half.astype(np.float32), half, 3, 20)
+
+
+def test_inception_score_takes_exact_zeros_and_keeps_the_order():
+    ordered = np.repeat(np.eye(4), 10, 0)
+    assert inception_score(ordered) == (pytest.approx(4, rel=1e-12), 0)
+    assert inception_score(ordered, 10) == (1, 0)  # one class a chunk
+    assert inception_score(np.eye(4)[[0, 1, 0, 1, 2]], 4) == (pytest.approx(1.5), pytest.approx(0.5))  # the last chunk
+
+
+def test_kid_takes_small_sets_whole_and_draws_the_fake_first():
+    real, fake = RNG.normal(size=(30, 6)), RNG.normal(size=(20, 6))
+    mean, _ = kernel_distance(real, fake, 1, 1000, seed=3)
+    x = fake[(draw := np.random.RandomState(3)).choice(20, 20, replace=False)]
+    y = real[draw.choice(30, 20, replace=False)]
+    xx, yy, xy = ((a @ b.T / 6 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    off = ~np.eye(20, dtype=bool)
+    assert mean == pytest.approx(xx[off].mean() + yy[off].mean() - 2 * xy.mean(), rel=1e-12)
+
+
+@pytest.mark.parametrize("call", [
+    lambda: precision_recall(np.ones((3, 4)), np.ones((9, 4))),
+    lambda: density_coverage(np.ones((9, 4)), np.ones((5, 4))),
+    lambda: precision_recall(np.ones((9, 4)), np.ones((9, 5))),
+    lambda: kernel_distance(np.ones((9, 4)), np.ones((1, 4))),
+    lambda: compute_statistics(np.ones((1, 4))),
+    lambda: compute_statistics(np.ones(4)),
+    lambda: frechet_distance(np.ones(3), np.eye(3), np.ones(4), np.eye(4)),
+])
+def test_sets_that_do_not_fit_are_named(call):
+    with pytest.raises(InputError, match=r"\d"):
+        call()
+
+
+# ------------------------------------------------------------------------------------------------ uncertainty
+
+
+def spread(draw, value, error):
+    """The standard deviation of a figure over 200 draws, and the mean of its estimated standard errors."""
+    sets = [torch.from_numpy(draw()) for _ in range(200)]
+    return np.std([value(x) for x in sets]), np.mean([error(x) for x in sets])
+
+
+def test_errors_equal_the_spread_over_repeated_draws():
+    rng = np.random.default_rng(5)
+    real = torch.from_numpy(rng.normal(size=(500, 5)) + 0.4)
+    stats = [torch.from_numpy(x) for x in compute_statistics(real)]
+    rows = lambda: rng.normal(size=(200, 5)) * [1, 0.5, 1, 2, 1]
+    own = lambda x: [torch.from_numpy(s) for s in compute_statistics(x)]
+    std, error = spread(rows, lambda x: frechet_distance(*stats, *own(x)),
+                        lambda x: evaluate.frechet_error(x, *stats, *own(x)))
+    assert error == pytest.approx(std, rel=0.2)
+    std, error = spread(rows, lambda x: kernel_distance(real, x, 5, 200)[0],
+                        lambda x: evaluate.kernel_error(real, x, kernel_distance(real, x, 5, 200)[1], 5))
+    assert error == pytest.approx(std, rel=0.3)
+    probs = lambda: softmax(rng.normal(size=(200, 6)) * 3)
+    std, error = spread(probs, lambda x: inception_score(x, 120)[0], lambda x: evaluate.inception_error(x, 120))
+    assert error == pytest.approx(std, rel=0.2)
+
+
+def test_wilson_interval():
+    assert evaluate._wilson(0.5, 100) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
+    assert evaluate._wilson(0.0, 10)[1] == pytest.approx(0.2775, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+@pytest.mark.parametrize(("mode", "tolerance"), [("tf1", 0.01), ("clean", 0.005)])
+@pytest.mark.parametrize("name", ["noise48", "photo256"])
+def test_resize_equals_tensorflow_and_clean_fid(mode, tolerance, name):
+    image = torch.from_numpy(CASES[f"resize/img_{name}"]).permute(2, 0, 1)[None].float()
+    resized = getattr(evaluate, f"resize_{mode}")(image)[0].permute(1, 2, 0).numpy()
+    rows, columns = CASES["resize/yx"].T
+    np.testing.assert_allclose(resized[rows, columns], CASES[f"resize/{mode}_{name}"], atol=tolerance)
+
+
+class Conv(nn.Module):
+    def __init__(self, channels, out, stride=1, kernel=1):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, kernel, stride, bias=False)
+
+    def forward(self, x):
+        return self.conv(x).relu()
+
+
+class Mixed(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.tower = Conv(channels, 9), Conv(channels, 5)
+
+    def forward(self, x):
+        return torch.cat([self.conv(x), self.tower(x)], 1)
+
+
+class StandIn(nn.Module):
+    """The interface of inception-2015-12-05.pt with few channels: layers up to mixed_10, an output with a bias."""
+
+    def __init__(self, width=24):
+        super().__init__()
+        torch.manual_seed(1)
+        layers = nn.Sequential()
+        layers.add_module("conv", Conv(3, 6, 50, 50))
+        for i in range(11):
+            layers.add_module(f"mixed_{i}" if i else "mixed", Mixed(6 if i == 0 else 14))
+        layers.add_module("last", Conv(14, width))
+        layers.add_module("pool2", nn.AdaptiveAvgPool2d(1))
+        self.layers, self.output = layers, nn.Linear(width, 10)
+        nn.init.constant_(self.output.bias, 7.0)
+        self.output.bias.data[0] = -7
+        for parameter in self.layers.parameters():
+            parameter.data *= 1.6
+
+    def forward(self, img, return_features: bool = False):
+        x = self.layers((img - 128) / 128).flatten(1)
+        return x if return_features else self.output(x).softmax(1)
+
+
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory):
+    path = tmp_path_factory.mktemp("net") / "standin.pt"
+    torch.jit.script(StandIn().eval()).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("resize", ["adm", "clean"])
+def test_network_equals_an_eager_copy(standin, resize):
+    eager, images = StandIn().eval(), torch.from_numpy(RNG.integers(0, 256, (5, 3, 32, 32), dtype=np.uint8))
+    seen = []
+    eager.layers.mixed_6.conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = (evaluate.resize_tf1 if resize == "adm" else evaluate.resize_clean)(images.float())
+    with torch.no_grad():
+        pool = eager(x, return_features=True)
+    network = load_features(standin, "cpu", resize)
+    found, probs, spatial = network(images)
+    assert network.width == 24 and resize in network.name
+    torch.testing.assert_close(found, pool)
+    torch.testing.assert_close(probs, (pool @ eager.output.weight.T).softmax(1))
+    side = seen[0].shape[-1]
+    by_hand = torch.stack([seen[0][:, c, h, w] for h in range(side) for w in range(side) for c in range(7)], 1)
+    torch.testing.assert_close(spatial, by_hand)
+
+
+def test_spatial_features_have_the_order_of_adm_files(standin):
+    network = load_features(standin, "cpu")
+    nchw = torch.from_numpy(CASES["spatial/nchw"]).float()
+    network.layers = {"mixed_6": type("Block", (), dict(conv=lambda self, x: nchw, __call__=lambda self, x: x))(),
+                      "pool2": lambda x: torch.zeros(len(x), network.width, 1, 1)}
+    spatial = network(torch.zeros(3, 3, 8, 8, dtype=torch.uint8))[2]
+    np.testing.assert_array_equal(spatial.numpy(), CASES["spatial/vec"].astype(np.float32))
+
+
+def test_inception_is_downloaded_once_and_whole(standin, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+
+    def urlopen(url, timeout):
+        calls.append(url)
+        return io.BytesIO(Path(standin).read_bytes())
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    assert load_features("inception", "cpu").width == 24 and "sha256" in capsys.readouterr().err
+    assert load_features("inception", "cpu").width == 24
+    assert len(calls) == 1 and [p.name for p in tmp_path.rglob("*.*")] == ["inception-2015-12-05.pt"]
+
+
+def test_no_network_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def urlopen(url, timeout):
+        raise urllib.error.URLError("unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    with pytest.raises(InputError, match="unreachable.*efficientnet-lite0"):
+        load_features("inception", "cpu")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_efficientnet_is_silent_and_called_fd(capsys):
+    network = load_features("efficientnet-lite0", "cpu")
+    rows, probs, spatial = network(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    assert (rows.shape, probs.shape, spatial, network.distance) == ((2, 1280), (2, 1000), None, "FD")
+    assert probs.sum(1).tolist() == pytest.approx([1, 1]) and not any(capsys.readouterr())
+    with pytest.raises(InputError, match="sfid"):
+        evaluate.choose_metrics(["sfid"], network)
+
+
+# ------------------------------------------------------------------------------------------------ sets and generation
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    model = DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=24, depth=1, num_heads=2, num_classes=10)
+    nn.init.normal_(model.final_layer.linear.weight, std=0.05)
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_checkpoint(path, model, vae="none", step=30, data="digits", sampling=dict(num_sampling_steps=3, cfg_scale=1.0))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def forty(tmp_path_factory):
+    """A reference of forty digits, as a folder."""
+    folder, data = tmp_path_factory.mktemp("forty"), load_data("digits")
+    for i in range(40):
+        Image.fromarray(data[i][0].permute(1, 2, 0).numpy()).save(folder / f"{i:02d}.png")
+    return str(folder)
+
+
+def cli(*args, out=None):
+    """main() with these flags; the JSON that it wrote."""
+    main(parse_args([str(a) for a in args] + (["--json", str(out)] if out else [])))
+    return json.loads(Path(out).read_text()) if out else None
+
+
+NAMES = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "kid_std", "density", "coverage")
+
+
+def same(a, b, tolerance=1e-6):
+    return all(abs(a[name] - b[name]) <= tolerance * max(1, abs(a[name])) for name in NAMES)
+
+
+def test_folder_npz_and_in_process_give_the_same_figures(checkpoint, standin, forty, tmp_path, capsys):
+    common = ("--features", standin, "--ref", forty, "--per-proc-batch-size", 8)
+    made = cli("--ckpt", checkpoint, "--num-fid-samples", 21, "--save-images", tmp_path / "png", "--save-npz",
+               tmp_path / "a.npz", *common, out=tmp_path / "made.json")
+    folder = cli("--samples", tmp_path / "png", *common, out=tmp_path / "folder.json")
+    npz = cli("--samples", tmp_path / "a.npz", *common, out=tmp_path / "npz.json")
+    assert same(made, folder) and same(made, npz)
+    assert made["fid_low"] < made["fid"] < made["fid_high"] and made["precision_high"] <= 1
+    expected = dict(num_samples=21, num_reference=40, num_sampling_steps=3, cfg_scale=1.0, seed=0, step=30,
+                    label_mode="random", image_size=8, pr_k=3, dc_k=5, kid_subset_size=21, sampler="ddpm")
+    assert {key: made[key] for key in expected} == expected and "biased" in made["warnings"]
+    with np.load(tmp_path / "a.npz") as saved:
+        assert saved["arr_0"].shape == (21, 8, 8, 3) and saved["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(saved["arr_1"], sample_labels(10, 21).numpy())
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "png" / "000020.png")), saved["arr_0"][20])
+    assert "FID" in capsys.readouterr().out
+
+
+def test_a_killed_evaluation_continues(checkpoint, standin, forty, tmp_path, monkeypatch):
+    args = ("--ckpt", checkpoint, "--features", standin, "--ref", forty, "--save-images", tmp_path / "png",
+            "--metrics", "fid,is")
+    whole = cli(*args, "--num-fid-samples", 12, out=tmp_path / "whole.json")
+    for i in (2, 5, 11):
+        (tmp_path / "png" / f"{i:06d}.png").unlink()
+    cut = tmp_path / "png" / "000007.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    drawn, sample = [], evaluate.sample_images
+    monkeypatch.setattr(evaluate, "sample_images", lambda *a, **k: drawn.extend(a[4]) or sample(*a, **k))
+    again = cli(*args, "--num-fid-samples", 12, "--per-proc-batch-size", 5, out=tmp_path / "again.json")
+    assert drawn == [2, 5, 7, 11]
+    assert again["fid"] == pytest.approx(whole["fid"], rel=1e-6)
+    for other in (("--seed", 1), ("--cfg-scale", 2), ("--num-sampling-steps", 2)):
+        with pytest.raises(InputError, match=other[0][2:].replace("-", "_")):
+            cli(*args, "--num-fid-samples", 12, *other)
+
+
+def test_an_image_does_not_depend_on_the_count_or_the_batch(checkpoint):
+    model = evaluate.load_checkpoint(checkpoint)
+    make = lambda n, batch: torch.cat(list(evaluate.generate(
+        model, create_diffusion("3"), Autoencoder(channels=1), sample_labels(10, n), make_accelerator(), 4, batch)))
+    assert torch.equal(make(11, 4)[:7], make(7, 3))
+    nine = sample_labels(10, 9).tolist()
+    assert sample_labels(10, 5000)[:9].tolist() == nine != sample_labels(10, 9, seed=1).tolist()
+    assert sample_labels(3, 7, "balanced").tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+class Rank:
+    """What the evaluator uses of an Accelerator, for one of several threads."""
+
+    device, is_main_process = torch.device("cpu"), False
+
+    def __init__(self, rank, world, shared, barrier):
+        self.process_index, self.num_processes, self.shared, self.barrier = rank, world, shared, barrier
+
+    def exchange(self, x):
+        self.shared[self.process_index] = x.clone()
+        self.barrier.wait(60)
+        everyone = [x.clone() for x in self.shared]
+        self.barrier.wait(60)
+        return everyone
+
+    def gather(self, x):
+        return torch.cat(self.exchange(x))
+
+    def reduce(self, x):
+        return torch.stack(self.exchange(x)).sum(0)
+
+
+@pytest.mark.parametrize("count", [13, 16])
+def test_processes_give_the_figures_of_one(standin, forty, tmp_path, count):
+    network, world = load_features(standin, "cpu"), 3
+    images = RNG.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images)
+    samples, data = NpzImages(tmp_path / "a.npz"), evaluate.load_folder(forty)
+    results, shared, barrier = {}, [None] * world, threading.Barrier(world)
+
+    def work(accelerator):
+        reference = reference_set(data, network, accelerator, batch_size=4)
+        results[accelerator.process_index] = evaluate.evaluate_images(
+            samples, reference, network, accelerator, batch_size=2)
+
+    threads = [threading.Thread(target=work, args=(Rank(rank, world, shared, barrier),)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    one = make_accelerator()
+    alone = evaluate.evaluate_images(samples, reference_set(data, network, one), network, one)
+    assert len(results) == world and all(same(alone, result) for result in results.values())
+
+
+@pytest.mark.slow
+def test_two_real_processes_give_the_figures_of_one(checkpoint, standin, forty, tmp_path):
+    args = ["evaluate.py", "--ckpt", checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", "15",
+            "--per-proc-batch-size", "4"]
+    figures = []
+    for start in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]):
+        name = tmp_path / f"{len(figures)}"
+        result = subprocess.run([*start, *args, "--json", f"{name}.json", "--save-npz", f"{name}.npz"], text=True,
+                                cwd=Path(__file__).parent.parent, capture_output=True)
+        assert result.returncode == 0, result.stderr
+        figures.append(json.loads(Path(f"{name}.json").read_text()))
+    assert same(*figures)
+    np.testing.assert_array_equal(np.load(tmp_path / "0.npz")["arr_0"], np.load(tmp_path / "1.npz")["arr_0"])
+
+
+# ------------------------------------------------------------------------------------------------ references
+
+
+def write_images(folder, count, size=8, seed=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    images = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+    return images
+
+
+def test_a_saved_reference_stands_for_its_images(standin, tmp_path):
+    images = write_images(tmp_path / "ref", 30)
+    write_images(tmp_path / "fake", 12, seed=1)
+    common = ("--features", standin, "--per-proc-batch-size", 7)
+    cli("--ref", tmp_path / "ref", "--save-ref", tmp_path / "ref.npz", *common)
+    with np.load(tmp_path / "ref.npz") as saved:
+        assert set(saved.files) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "network"}
+        np.testing.assert_array_equal(saved["arr_0"], images)
+        arrays = dict(saved)
+    by_folder = cli("--samples", tmp_path / "fake", "--ref", tmp_path / "ref", *common, out=tmp_path / "a.json")
+    by_file = cli("--samples", tmp_path / "fake", "--ref", tmp_path / "ref.npz", *common, out=tmp_path / "b.json")
+    assert same(by_folder, by_file)
+    np.savez(tmp_path / "adm.npz", **{k: v for k, v in arrays.items() if k != "network"} | dict(mu=arrays["mu"] + 1))
+    moved = cli("--samples", tmp_path / "fake", "--ref", tmp_path / "adm.npz", *common, out=tmp_path / "c.json")
+    shift = np.sum((arrays["mu"] + 1 - compute_mean(tmp_path / "fake", standin)) ** 2)
+    assert moved["fid"] != pytest.approx(by_file["fid"], rel=1e-3) and shift > 0  # stored statistics win
+    assert moved["precision"] == by_file["precision"]
+    np.savez(tmp_path / "stats.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+    args = ("--samples", tmp_path / "fake", "--ref", tmp_path / "stats.npz", *common)
+    assert cli(*args, "--metrics", "fid", out=tmp_path / "d.json")["fid"] == pytest.approx(by_file["fid"], abs=1e-9)
+    for metrics, word in (("fid,sfid", "mu_s"), ("fid,pr", "arr_0"), ("kid", "arr_0")):
+        with pytest.raises(InputError, match=word):
+            cli(*args, "--metrics", metrics)
+    with pytest.raises(InputError, match="clean"):
+        cli("--samples", tmp_path / "fake", "--ref", tmp_path / "ref.npz", "--features", standin, "--resize", "clean")
+
+
+def compute_mean(folder, standin):
+    images = torch.stack([image for image, _ in evaluate.load_folder(folder)])
+    return load_features(standin, "cpu")(images)[0].numpy().mean(0)
+
+
+def test_mixed_sizes_are_for_clean_only(standin, tmp_path):
+    write_images(tmp_path / "ref", 9)
+    write_images(tmp_path / "mixed", 8)
+    Image.new("RGB", (10, 8)).save(tmp_path / "mixed" / "wide.png")
+    args = ("--samples", tmp_path / "mixed", "--ref", tmp_path / "ref", "--features", standin, "--metrics", "fid")
+    with pytest.raises(InputError, match="10 x 8"):
+        cli(*args)
+    assert cli(*args, "--resize", "clean", out=tmp_path / "a.json")["num_samples"] == 9
+
+
+def test_several_checkpoints_are_compared(checkpoint, standin, forty, tmp_path, capsys):
+    runs = cli("--ckpt", checkpoint, checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", 8,
+               "--metrics", "fid,pr", "--plot", tmp_path / "plot.png", out=tmp_path / "a.json")
+    assert len(runs) == 2 and runs[0] == runs[1] and Image.open(tmp_path / "plot.png").size[0] > 300
+    assert capsys.readouterr().out.count("step 30") == 2
+
+
+def bad_npz(path, array, **others):
+    np.savez(path, arr_0=array, **others)
+    return path
+
+
+def bad_inputs(folder):
+    """Name -> (flags, words of the message)."""
+    gray = np.zeros((9, 8, 8, 1), np.uint8)
+    good = write_images(folder / "good", 9)
+    (folder / "empty").mkdir()
+    write_images(folder / "large", 9, size=16)
+    write_images(folder / "few", 3)
+    write_images(folder / "broken", 9)
+    whole = (folder / "broken" / "004.png").read_bytes()
+    (folder / "broken" / "004.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.npz").write_text("no archive")
+    np.savez(folder / "whole.npz", good)
+    cut = folder / "cut.npz"
+    cut.write_bytes((folder / "whole.npz").read_bytes()[:900])
+    samples = lambda path: ["--samples", path, "--ref", folder / "good"]
+    return dict(
+        gray=(samples(bad_npz(folder / "gray.npz", gray)), ["gray.npz", "(9, 8, 8, 1)"]),
+        float=(samples(bad_npz(folder / "float.npz", good / 255.0)), ["float.npz", "float64"]),
+        range=(samples(bad_npz(folder / "range.npz", good.astype(np.int32) * 2)), ["range.npz", "int32"]),
+        pickle=(samples(bad_npz(folder / "pickle.npz", np.array([{}, 1], dtype=object))), ["pickle.npz", "object"]),
+        unnamed=(samples(bad_npz(folder / "unnamed.npz", good).with_name("text.npz")), ["text.npz"]),
+        cut=(samples(cut), ["cut.npz"]),
+        empty=(samples(folder / "empty"), ["empty"]),
+        broken=(samples(folder / "broken"), ["004.png"]),
+        sizes=(samples(folder / "large"), ["16 x 16", "8 x 8"]),
+        few=(samples(folder / "few"), ["3 images"]),
+        width=(["--samples", folder / "good", "--metrics", "fid", "--ref",
+                bad_npz(folder / "width.npz", good, mu=np.zeros(5), sigma=np.eye(5))], ["5", "24"]),
+        metric=([*samples(folder / "good"), "--metrics", "fid,fad"], ["fad"]),
+        nowhere=(samples(folder / "nowhere"), ["nowhere"]),
+        useless=([*samples(folder / "good"), "--save-npz", folder / "new.npz"], ["--save-npz"]),
+        output=([*samples(folder / "good"), "--json", folder / "no" / "where.json"], ["--json"]),
+        network=([*samples(folder / "good"), "--features", folder / "text.npz"], ["text.npz", "TorchScript"]),
+    )
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    return folder, bad_inputs(folder)
+
+
+@pytest.mark.parametrize("name", [
+    "gray", "float", "range", "pickle", "unnamed", "cut", "empty", "broken", "sizes", "few", "width", "metric",
+    "nowhere", "useless", "output", "network"])
+def test_bad_input_is_one_line_and_status_2(name, bad, standin, capsys):
+    folder, cases = bad
+    flags, words = cases[name]
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.run_command(main, parse_args([str(flag) for flag in ["--features", standin, *flags]]))
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(error) == 1 and all(word in error[0] for word in words), error
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_checkpoint_and_flags_must_agree(checkpoint, standin, forty):
+    args = ("--ckpt", checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", 4)
+    for flags, word in ((("--image-size", 16), "8 px"), (("--num-classes", 3), "num_classes 10"),
+                        (("--num-fid-samples", 3), "3 images"), (("--plot", "a.png"), "several")):
+        with pytest.raises(InputError, match=word):
+            cli(*args, *flags)
+    with pytest.raises(InputError, match="efficientnet"):
+        cli("--ckpt", checkpoint, "--resize", "clean")
