@@ -72,13 +72,12 @@ FREE = {
     "max_broken", "allow_changes", "sampling", "sampler", "num_sampling_steps", "eta", "cfg_scale", "cfg_channels",
     "guidance_interval", "dtype",
 }
-LIMITS = [  # flag, lowest and highest value that makes sense
-    ("image_size", 1, 8192), ("global_batch_size", 1, 10**6), ("epochs", 1, 10**6), ("max_steps", 1, 10**9),
-    ("lr", 0, 1), ("warmup_steps", 0, 10**9), ("grad_clip", 0, math.inf), ("ema_decay", 0, 1), ("num_workers", 0, 1000),
-    ("class_dropout_prob", 0, 1), ("gradient_accumulation_steps", 1, 10**6), ("log_every", 1, 10**9),
-    ("ckpt_every", 1, 10**9), ("keep_checkpoints", 1, 10**6), ("sample_every", 0, 10**9), ("eval_every", 0, 10**9),
-    ("eval_samples", 0, 10**9), ("num_classes", 1, 10**7), ("skip_nonfinite", 0, 10**9), ("max_broken", 0, 10**9),
-]
+AT_LEAST = {  # the smallest value that makes sense
+    1: ("image_size", "num_classes", "global_batch_size", "epochs", "max_steps", "gradient_accumulation_steps",
+        "log_every", "ckpt_every", "keep_checkpoints"),
+    0: ("class_dropout_prob", "lr", "warmup_steps", "grad_clip", "ema_decay", "num_workers", "sample_every",
+        "eval_every", "eval_samples", "skip_nonfinite", "max_broken"),
+}
 PEAK_FLOPS = {  # a device's dense float16 and bfloat16 peak, by how its name begins; TF32 has half of it
     "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
@@ -307,8 +306,8 @@ def shard_header(path):
     """A shard's settings, number of images, and broken images as [index, what is wrong]; InputError if damaged."""
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata()
-            return json.loads(header["settings"]), len(file.get_tensor("labels")), json.loads(header["broken"])
+            header = json.loads(file.metadata()["cache"])
+            return header["settings"], len(file.get_tensor("labels")), header["broken"]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): delete it, and the same command makes it anew") from error
 
@@ -320,7 +319,7 @@ def write_shard(path, rows, broken, settings):
         moments=torch.stack([both for both, _ in rows]) if rows else torch.empty(0),
         labels=torch.tensor([label for _, label in rows]), checksums=torch.tensor(checksums),
     )
-    header = dict(settings=json.dumps(settings), broken=json.dumps(broken))
+    header = dict(cache=json.dumps(dict(settings=settings, broken=broken)))
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
@@ -393,7 +392,7 @@ def latent_cache(args, data, vae, accelerator):
                 if good:
                     x = torch.stack([image for image, _ in good]).to(accelerator.device)
                     both = torch.stack([vae.encode(x), vae.encode(x.flip(3))], dim=1)  # (N, 2, 2C, h, w)
-                    rows += zip(both.half().cpu(), [label for _, label in good], strict=True)
+                    rows += zip(both.half().cpu().contiguous(), [label for _, label in good], strict=True)
                 progress.advance(0, len(examples))
             write_shard(shards[s], rows, broken, settings)
     accelerator.wait_for_everyone()
@@ -434,8 +433,8 @@ class Run:
         make_folder(self.folder)
         self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - the lock ends with the process, however that ends
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the workers do not inherit, unlike flock's
+        except (BlockingIOError, PermissionError) as error:
             raise InputError(f"another process trains in {self.folder}: give this run another --run-name") from error
         config, new = self.folder / "config.json", json.loads(json.dumps(self.settings))
         if config.exists() and self.checkpoints():
@@ -471,8 +470,11 @@ class Run:
         if not path.exists():
             return lines
         for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("}\n") and json.loads(line)["step"] <= step:
-                lines.append(line)
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    lines.append(line)
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path} is damaged at {line[:40]!r}: mend or remove that line") from error
         write_atomically(path, lambda new: new.write_text("".join(lines)))
         return [json.loads(line) for line in lines]
 
@@ -498,21 +500,26 @@ class Run:
         return step
 
     def newest_whole(self):
-        """The name of the newest checkpoint whose files are as they were written; damaged ones are set aside."""
-        found = self.checkpoints()
-        for path in reversed(found):
+        """The name of the newest checkpoint whose files are as they were written; damaged newer ones are set aside."""
+        damaged = {}
+        for path in reversed(self.checkpoints()):
             try:
                 files = read_json(path / "state.json")["crc32"]
-                damaged = [name for name, crc in files.items() if file_crc32(path / name) != crc]
+                damaged[path] = ", ".join(name for name, crc in files.items() if file_crc32(path / name) != crc)
             except (InputError, OSError, KeyError, AttributeError, TypeError) as error:
-                damaged = [str(error)]
-            if not damaged:
-                return path.name
-            print(f"{path} is damaged ({', '.join(damaged)}) and set aside: the one before it is used", file=sys.stderr)
-            remove_folder(path.with_name(f"damaged-{path.name}"))
-            os.replace(path, path.with_name(f"damaged-{path.name}"))
-        if found:
-            raise InputError(f"no checkpoint in {self.folder / 'checkpoints'} is whole: give another --run-name")
+                damaged[path] = str(error)
+            if not damaged[path]:
+                break
+        else:
+            if damaged:
+                raise InputError(f"no checkpoint in {self.folder / 'checkpoints'} is whole: give another --run-name")
+            return None
+        del damaged[path]
+        for bad, reason in damaged.items():
+            print(f"{bad} is damaged ({reason}): set aside, the run goes on from {path}", file=sys.stderr)
+            remove_folder(bad.with_name(f"damaged-{bad.name}"))
+            os.replace(bad, bad.with_name(f"damaged-{bad.name}"))
+        return path.name
 
     def save(self, step):
         """Save the full state as checkpoints/STEP, whole or not at all, and keep the last --keep-checkpoints."""
@@ -789,10 +796,10 @@ def fill_preset(args):
             setattr(args, name, value)
     if not args.eval_samples:
         args.eval_every = 0
-    for name, low, high in LIMITS:
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name.replace('_', '-')} {value} must be from {low} to {high}")
+    for low, names in AT_LEAST.items():
+        for name in names:
+            if getattr(args, name) is not None and getattr(args, name) < low:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {low} or more")
     if args.latent_cache and args.vae == "none":
         raise InputError("--latent-cache does nothing with --vae none: pixels need no encoding")
     if args.tracker not in ("none", *get_available_trackers()):
@@ -806,6 +813,8 @@ def fit_to_data(args, data, vae, accelerator):
         raise InputError(
             f"--global-batch-size {args.global_batch_size} must divide by processes x accumulation steps = {parts}"
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise InputError("--mixed-precision fp16 does nothing on this device: use bf16 or no")
     if args.image_size % vae.factor:
         raise InputError(f"--image-size {args.image_size} must divide by {vae.factor}, the VAE's downsampling")
     args.num_classes = data.num_classes if args.num_classes is None else args.num_classes

@@ -1,0 +1,605 @@
+"""The trainer: exactness, kills, checkpoints, cache, signals, refusals. Two processes are forks of this one."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_accelerate
+from dit import InputError, build_dit, load_checkpoint, save_checkpoint
+from train_accelerate import main, parse_args
+
+TIMING = {"images_per_second", "step_seconds", "data_seconds", "compute_seconds", "flops_per_second", "memory_gb"}
+ROOT = Path(__file__).parent.parent
+FLAGS = ["--max-steps", 6, "--global-batch-size", 8, "--ckpt-every", 2, "--log-every", 3, "--sample-every", 0,
+         "--eval-every", 0, "--num-sampling-steps", 2, "--warmup-steps", 2, "--run-name", "run"]
+
+
+def reset_accelerate():
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+
+
+def train(folder, *flags):
+    """Train in this process; later flags win. Returns the run's folder."""
+    reset_accelerate()
+    main(parse_args([str(flag) for flag in [*FLAGS, "--results-dir", folder, *flags]]))
+    return Path(folder) / "run"
+
+
+def fork(work, environment=()):
+    """Start work() in a copy of this process; returns its id. Its exit status is 0, 1 for an exception, or its own."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.environ.update(environment)
+            work()
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        except InputError as error:
+            print(f"error: {error}", flush=True)
+            status = 2
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return pid
+
+
+def wait(*pids):
+    """The exit statuses of forks: negative signal numbers for killed ones."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def fork_two(work):
+    """Start work() in two processes that accelerate takes for the ranks of one job; returns their ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [fork(work, job | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def result(run):
+    """All of a run that must not depend on its interruptions."""
+    last = sorted((run / "checkpoints").glob("[0-9]*"))[-1]
+    state = torch.load(last / "optimizer.pt", weights_only=True)
+    tensors = {f"ema.{k}": v for k, v in load_file(last / "ema.safetensors").items()}
+    tensors |= {f"model.{k}": v for k, v in load_file(last / "model.safetensors").items()}
+    for name, values in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{name}.{k}": v for k, v in values.items()}
+    log = [{k: v for k, v in line.items() if k not in TIMING} for line in lines(run)]
+    return last.name, tensors, log
+
+
+def assert_same(run, other):
+    (step, tensors, log), (other_step, other_tensors, other_log) = result(run), result(other)
+    assert step == other_step and log == other_log
+    assert tensors.keys() == other_tensors.keys() and len(tensors) > 100
+    assert [name for name in tensors if not torch.equal(tensors[name], other_tensors[name])] == []
+    assert list(run.rglob(".*tmp*")) == []
+    assert {p.relative_to(run) for p in run.rglob("*")} == {p.relative_to(other) for p in other.rglob("*")}
+
+
+@pytest.fixture
+def quick_evaluation(monkeypatch):
+    """An evaluation that takes no time, of figures that fall and rise again: the best one is at the middle."""
+    class Network:
+        distance = "FD"
+
+    def figures(ema, *args, seed, **sampling):
+        assert not ema.training
+        step = sum(p.double().sum() for p in ema.parameters()).item()
+        return dict(fd=abs(math.sin(1e3 * step)), features="none", num_samples=3)
+
+    monkeypatch.setattr(train_accelerate, "load_features", lambda name, device: Network())
+    monkeypatch.setattr(train_accelerate, "reference_set", lambda data, network, accelerator: None)
+    monkeypatch.setattr(train_accelerate, "evaluate_model", figures)
+
+
+PREVIEWS = ["--sample-every", 3, "--eval-every", 2, "--keep-checkpoints", 2]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Six steps that nothing interrupts, without previews."""
+    return train(tmp_path_factory.mktemp("whole"))
+
+
+# ------------------------------------------------------------------------------------------------ exactness
+
+
+def test_kills_at_every_write_leave_no_trace(tmp_path, quick_evaluation):
+    """SIGKILL before the 1st, then the 2nd, ... write or rename, each time going on, until a run ends by itself."""
+    whole = train(tmp_path / "whole", *PREVIEWS)
+
+    def killed(write):
+        count, replace = itertools.count(1), os.replace
+
+        def replace_or_die(*args):
+            if next(count) == write:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(*args)
+
+        os.replace = replace_or_die
+        train(tmp_path / "killed", *PREVIEWS)
+
+    statuses = [wait(fork(lambda n=n: killed(n)))[0] for n in [3, 4, 6, 7, 1, 8, 9, 10, 5, 12, 2, 11, 100]]
+    assert statuses[-1] == 0 and statuses.count(-signal.SIGKILL) >= 6, statuses
+    assert_same(tmp_path / "killed" / "run", whole)
+
+
+def test_a_kill_between_writes_resumes_exactly(tmp_path, whole_run, monkeypatch):
+    original = train_accelerate.update_ema
+
+    def die_at_step_4(ema, network, decay, step):
+        if step == 4:
+            raise KeyboardInterrupt
+        original(ema, network, decay, step)
+
+    monkeypatch.setattr(train_accelerate, "update_ema", die_at_step_4)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
+    monkeypatch.setattr(train_accelerate, "update_ema", original)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 0.1}\n{"step": 6, "lo')  # what a later step left, and a line half-written
+    assert_same(train(tmp_path), whole_run)
+
+
+def test_more_steps_later_are_as_if_asked_for_at_once(tmp_path, whole_run):
+    train(tmp_path, "--max-steps", 3)
+    weights, whole = result(train(tmp_path))[1], result(whole_run)[1]
+    assert weights.keys() == whole.keys() and all(torch.equal(weights[name], whole[name]) for name in whole)
+
+
+def test_two_processes_are_one_with_two_accumulation_steps(tmp_path):
+    one = train(tmp_path / "one", "--gradient-accumulation-steps", 2, "--log-every", 1)
+    assert wait(*fork_two(lambda: train(tmp_path / "two", "--log-every", 1))) == [0, 0]
+    for a, b in zip(lines(one), lines(tmp_path / "two" / "run"), strict=True):
+        for name in ("loss", "mse", "vb", "grad_norm", "latent_std"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
+
+
+def test_two_processes_resume_exactly(tmp_path):
+    """Both are killed in the middle of a log line's steps, after a checkpoint."""
+    flags = ["--log-every", 4, "--ckpt-every", 3]
+
+    def killed():
+        original = train_accelerate.update_ema
+
+        def update(ema, network, decay, step):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(ema, network, decay, step)
+
+        train_accelerate.update_ema = update
+        train(tmp_path / "parts", *flags)
+
+    assert wait(*fork_two(lambda: train(tmp_path / "whole", *flags))) == [0, 0]
+    assert wait(*fork_two(killed)) == [-9, -9]
+    assert wait(*fork_two(lambda: train(tmp_path / "parts", *flags))) == [0, 0]
+    assert_same(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
+
+
+def test_ranks_of_fsdp_train_save_and_resume_as_those_of_ddp(tmp_path, monkeypatch):
+    """FSDP2 on two CPU processes: the same losses, and a resumed run equal to a whole one, bit for bit."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    make = train_accelerate.make_accelerator
+
+    def sharded(*args, **kwargs):  # accelerate offers FSDP on GPUs alone; this says it to its state afterwards
+        accelerator = make(*args, **kwargs)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["DiTBlock"],
+            cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT",
+        )
+        for state in (AcceleratorState._shared_state, PartialState._shared_state):
+            state |= dict(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+        return accelerator
+
+    flags = ["--log-every", 1, "--ckpt-every", 3]
+    assert wait(*fork_two(lambda: train(tmp_path / "ddp", *flags))) == [0, 0]
+    monkeypatch.setattr(train_accelerate, "make_accelerator", sharded)
+    assert wait(*fork_two(lambda: train(tmp_path / "fsdp", *flags))) == [0, 0]
+    shutil.copytree(tmp_path / "fsdp", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "run" / "checkpoints" / "0000006")
+    assert wait(*fork_two(lambda: train(tmp_path / "again", *flags))) == [0, 0]
+    assert_same(tmp_path / "again" / "run", tmp_path / "fsdp" / "run")
+    for a, b in zip(lines(tmp_path / "ddp" / "run"), lines(tmp_path / "fsdp" / "run"), strict=True):
+        assert [a["loss"], a["grad_norm"]] == pytest.approx([b["loss"], b["grad_norm"]], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ what a step does
+
+
+def test_the_ema_moves_once_a_step_by_the_decay_that_warms_up(tmp_path):
+    """From the saved weights of every step, with two micro-batches a step."""
+    run = train(tmp_path, "--gradient-accumulation-steps", 2, "--ckpt-every", 1, "--keep-checkpoints", 9,
+                "--ema-decay", 0.3)
+    torch.manual_seed(0)
+    name = "blocks.0.attn.qkv.weight"
+    ema = build_dit("DiT-Ti/2", input_size=8, in_channels=1, num_classes=10).state_dict()[name]
+    for step in range(6):
+        folder = run / "checkpoints" / f"{step + 1:07d}"
+        d = min(0.3, (1 + step) / (10 + step))
+        ema = d * ema + (1 - d) * load_file(folder / "model.safetensors")[name]
+        assert torch.allclose(ema, load_file(folder / "ema.safetensors")[name], rtol=0, atol=1e-6)
+
+
+def test_logged_losses_are_means_over_all_steps_and_micro_batches(tmp_path):
+    each = lines(train(tmp_path / "each", "--log-every", 1))
+    window = lines(train(tmp_path / "window", "--log-every", 6, "--gradient-accumulation-steps", 4))
+    assert [line["step"] for line in window] == [6]
+    for name in ("loss", "mse", "vb", "grad_norm", "latent_mean"):
+        assert window[0][name] == pytest.approx(np.mean([line[name] for line in each]), rel=1e-4)
+
+
+def test_learning_rate_warms_up_by_the_step(tmp_path, whole_run):
+    assert [line["lr"] for line in lines(train(tmp_path, "--log-every", 1, "--warmup-steps", 4, "--lr", 0.004))] == \
+        pytest.approx([0.001, 0.002, 0.003, 0.004, 0.004, 0.004])
+
+
+def test_previews_leave_training_as_it_is_and_the_best_is_kept(tmp_path, whole_run, quick_evaluation):
+    run = train(tmp_path, *PREVIEWS)
+    for name, tensor in load_file(run / "checkpoints" / "0000006" / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(whole_run / "checkpoints" / "0000006" / "model.safetensors")[name])
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["0000003.png", "0000006.png"]
+    figures = {line["step"]: line["fd"] for line in lines(run) if "fd" in line}
+    assert list(figures) == [2, 4, 6]
+    best = load_checkpoint(run / "best.safetensors")
+    assert best.metadata["step"] == min(figures, key=figures.get) and best.metadata["fd"] == min(figures.values())
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["0000004", "0000006"]
+
+
+def test_bfloat16_keeps_weights_in_float32_and_losses_near(tmp_path, whole_run):
+    run = train(tmp_path, "--mixed-precision", "bf16", "--gradient-checkpointing")
+    reset_accelerate()
+    assert {x.dtype for x in load_file(run / "checkpoints" / "0000006" / "ema.safetensors").values()} == {torch.float32}
+    a, b = lines(run)[-1]["loss"], lines(whole_run)[-1]["loss"]
+    assert a != b and a == pytest.approx(b, rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_saves_the_same_names_and_resumes(tmp_path, whole_run):
+    run = train(tmp_path, "--compile", "--max-steps", 4)
+    run = train(tmp_path, "--compile")
+    assert result(run)[1].keys() == result(whole_run)[1].keys()
+    assert lines(run)[-1]["loss"] == pytest.approx(lines(whole_run)[-1]["loss"], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ when things go wrong
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_state_and_exits_with_its_number(tmp_path, number, monkeypatch, capfd, whole_run):
+    original = train_accelerate.update_ema
+
+    def signalled(ema, network, decay, step):
+        original(ema, network, decay, step)
+        if step == 2 and not (tmp_path / "sent").exists():
+            (tmp_path / "sent").touch()
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train_accelerate, "update_ema", signalled)
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path)
+    assert stop.value.code == 128 + number and signal.getsignal(number) == handler
+    assert f"stopped by {number.name}" in capfd.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0000002", "0000003"]
+    run = train(tmp_path)
+    assert result(run)[2] == result(whole_run)[2]
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
+    def slow():
+        original = train_accelerate.update_ema
+        train_accelerate.update_ema = lambda *args: (time.sleep(0.05), original(*args))
+        train(tmp_path, "--max-steps", 1000)
+
+    pids = fork_two(slow)
+    wait_for(tmp_path / "run" / "checkpoints" / "0000004")
+    os.kill(pids[1], signal.SIGTERM)
+    assert wait(*pids) == [143, 143]
+
+
+def wait_for(path, seconds=60):
+    end = time.time() + seconds
+    while not path.exists():
+        assert time.time() < end, f"no {path}"
+        time.sleep(0.02)
+
+
+def test_killing_one_of_two_processes_ends_the_other(tmp_path):
+    pids = fork_two(lambda: train(tmp_path, "--max-steps", 100000))
+    wait_for(tmp_path / "run" / "checkpoints" / "0000004")
+    os.kill(pids[1], signal.SIGKILL)
+    began = time.time()
+    statuses = wait(*pids)
+    assert statuses[1] == -9 and statuses[0] != 0 and time.time() - began < 20
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+    def slow():
+        original = train_accelerate.update_ema
+        train_accelerate.update_ema = lambda *args: (time.sleep(0.05), original(*args))
+        train(tmp_path, "--max-steps", 1000, "--num-workers", 1)
+
+    first = fork(slow)
+    wait_for(tmp_path / "run" / "checkpoints" / "0000002")
+    with pytest.raises(InputError, match="another process trains in"):
+        train(tmp_path)
+    os.kill(first, signal.SIGKILL)
+    assert wait(first) == [-9]
+    train(tmp_path, "--num-workers", 0)  # at once, though the dead process's worker may still be there
+
+
+def test_other_settings_are_refused_allowed_or_free(tmp_path, whole_run):
+    shutil.copytree(whole_run, tmp_path / "run")
+    with pytest.raises(InputError, match=r"lr was 0.002, now 0.1.*--allow-changes"):
+        train(tmp_path, "--lr", 0.1)
+    with pytest.raises(InputError, match=r"class_dropout_prob was 0.1, now 0.2.*--run-name"):
+        train(tmp_path, "--class-dropout-prob", 0.2, "--allow-changes")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == 0.002
+    run = train(tmp_path, "--lr", 0.1, "--allow-changes", "--max-steps", 7, "--num-workers", 1)
+    assert json.loads((run / "config.json").read_text())["lr"] == 0.1 and lines(run)[-1]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+def test_a_loss_that_is_not_finite_stops_or_is_left_out(tmp_path, skip, monkeypatch):
+    """The images of steps 3 and 4 give NaN."""
+    original = train_accelerate.draw_randomness
+
+    def poisoned(args, step, *rest):
+        t, drop, noise, vae_noise = original(args, step, *rest)
+        return t, drop, torch.full_like(noise, math.nan) if step in (3, 4) else noise, vae_noise
+
+    monkeypatch.setattr(train_accelerate, "draw_randomness", poisoned)
+    if skip:
+        run = train(tmp_path, "--skip-nonfinite", skip)
+        assert lines(run)[-1]["skipped_steps"] == 2 and math.isfinite(lines(run)[-1]["loss"])
+        assert all(x.isfinite().all() for x in result(run)[1].values())
+        assert result(run)[1]["optimizer.blocks.0.attn.qkv.weight.step"] == 4
+    else:
+        with pytest.raises(InputError, match=r"not finite at step 4, on the images \[\d+, .*0000002"):
+            train(tmp_path, "--ckpt-every", 2)
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000002"]
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "model.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("harm", ["flipped", "cut", "empty", "gone"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(tmp_path, whole_run, name, harm, capfd):
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "0000006" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()
+    if harm != "gone":
+        path.write_bytes({"flipped": data, "cut": data[: len(data) // 2], "empty": b""}[harm])
+    run = train(tmp_path)
+    assert "0000006 is damaged" in capfd.readouterr().err
+    shutil.rmtree(run / "checkpoints" / "damaged-0000006")
+    assert_same(run, whole_run)
+
+
+def test_damage_to_all_checkpoints_is_refused_and_nothing_touched(tmp_path, whole_run):
+    shutil.copytree(whole_run, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        (path / "model.safetensors").write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(InputError, match="no checkpoint in .* is whole"):
+            train(tmp_path)
+
+
+def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    original = train_accelerate.save_file
+
+    def full(tensors, path, metadata=None):
+        if "0000004" in str(path):
+            Path(path).write_bytes(b"part")
+            raise OSError(28, "No space left on device")
+        original(tensors, path, metadata)
+
+    monkeypatch.setattr(train_accelerate, "save_file", full)
+    with pytest.raises(InputError, match=r"cannot write .*0000004.*No space left.*last good checkpoint is .*0000002"):
+        train(tmp_path)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000002"]
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--num-classes", 9], "--num-classes 9, but the data has a label 9"),
+    (["--global-batch-size", 9, "--gradient-accumulation-steps", 2], "divide by processes x accumulation steps = 2"),
+    (["--latent-cache", "cache"], "--latent-cache does nothing with --vae none"),
+    (["--log-every", 0], "--log-every 0 must be 1 or more"),
+    (["--model", "DiT-Q/2"], "DiT-Q/2"),
+    (["--init", "nowhere"], "nowhere"),
+    (["--tracker", "wandb"], "pip install wandb"),
+    (["--mixed-precision", "fp16"], "fp16"),
+    (["--features", "nothing", "--eval-every", 1], "nothing"),
+    (["--data-path", "nowhere"], "nowhere"),
+])
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=words):
+        train(tmp_path, *flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_are_parsed_from_presets_and_flags():
+    args = parse_args(["--epochs", "2"])
+    train_accelerate.fill_preset(args)
+    assert args.model == "DiT-Ti/2" and args.max_steps is None
+    assert train_accelerate.count_steps(args, 1797) == math.ceil(2 * 1797 / args.global_batch_size)
+    args = parse_args(["--data-path", "anything", "--lr", "0.5"])
+    train_accelerate.fill_preset(args)
+    assert (args.model, args.global_batch_size, args.ema_decay, args.lr) == ("DiT-XL/2", 256, 0.9999, 0.5)
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning
+
+
+def test_init_takes_the_weights_and_makes_a_new_label_table(tmp_path, capfd):
+    given = build_dit("DiT-Ti/2", input_size=16, in_channels=1, num_classes=4)
+    torch.nn.init.normal_(given.blocks[1].adaLN_modulation[-1].weight)
+    save_checkpoint(tmp_path / "given.safetensors", given)
+    run = train(tmp_path, "--init", tmp_path / "given.safetensors", "--lr", 0, "--max-steps", 2)
+    assert "label table is new, 11 rows in place of 5" in capfd.readouterr().out
+    weights = load_file(run / "checkpoints" / "0000002" / "ema.safetensors")
+    assert torch.equal(weights["blocks.1.adaLN_modulation.1.weight"], given.blocks[1].adaLN_modulation[-1].weight)
+    assert weights["pos_embed"].shape == (1, 16, 96) and weights["y_embedder.embedding_table.weight"].shape == (11, 96)
+    (tmp_path / "given.safetensors").unlink()
+    train(tmp_path, "--init", tmp_path / "given.safetensors", "--lr", 0)  # goes on from its own checkpoint
+
+
+def test_init_with_other_shapes_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "given.safetensors", build_dit("DiT-Ti/2", input_size=8, in_channels=1, hidden_size=48))
+    with pytest.raises(InputError, match="does not fit DiT-Ti/2"):
+        train(tmp_path, "--init", tmp_path / "given.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------ the latent cache
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """23 small pictures in two class folders, and a small random VAE with a scale and a shift."""
+    from diffusers import AutoencoderKL
+
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.RandomState(0)
+    for i in range(23):
+        (folder / "data" / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+        image = random.randint(0, 255, (20, 26, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / "data" / f"class{i % 2}" / f"{i:02d}.png")
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.5, shift_factor=0.1,
+    )
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+def cached(folder, pictures, *flags):
+    train_accelerate.open_shard.cache_clear()
+    return train(
+        folder, "--data-path", pictures / "data", "--vae", pictures / "vae", "--image-size", 16, "--model", "DiT-Ti/2",
+        "--num-workers", 0, "--latent-cache", Path(folder) / "cache", *flags,
+    )
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(train_accelerate.LatentCache, "SHARD", 6)
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_training_from_the_cache_is_training_from_the_pictures(tmp_path, pictures, small_shards):
+    run = cached(tmp_path / "with", pictures)
+    assert sorted(tree(tmp_path / "with" / "cache"))[1:] == [f"moments-0000{i}.safetensors" for i in range(4)]
+    index = json.loads((tmp_path / "with" / "cache" / "index.json").read_text())
+    assert index["count"] == 23 and index["counts"] == [6, 6, 6, 5] and index["broken"] == []
+    without = train(tmp_path / "without", "--data-path", pictures / "data", "--vae", pictures / "vae", "--image-size", 16,
+                    "--model", "DiT-Ti/2", "--num-workers", 2)
+    for a, b in zip(lines(run), lines(without), strict=True):
+        assert [a["loss"], a["latent_std"]] == pytest.approx([b["loss"], b["latent_std"]], rel=1e-3)
+
+
+def test_a_cache_built_by_two_and_through_kills_is_the_same(tmp_path, pictures, small_shards):
+    cached(tmp_path / "whole", pictures, "--max-steps", 1)
+    whole = tree(tmp_path / "whole" / "cache")
+
+    def killed(write):
+        count, replace = itertools.count(1), os.replace
+
+        def replace_or_die(*args):
+            if next(count) == write:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(*args)
+
+        os.replace = replace_or_die
+        cached(tmp_path / "killed", pictures, "--max-steps", 1)
+
+    statuses = [wait(fork(lambda n=n: killed(n)))[0] for n in (2, 3, 4, 100)]
+    assert statuses == [-9, -9, -9, 0]
+    assert tree(tmp_path / "killed" / "cache") == whole
+    assert wait(*fork_two(lambda: cached(tmp_path / "two", pictures, "--max-steps", 1))) == [0, 0]
+    assert tree(tmp_path / "two" / "cache") == whole
+
+
+def test_a_cache_of_something_else_or_damaged_is_refused(tmp_path, pictures, small_shards):
+    cached(tmp_path, pictures, "--max-steps", 1)
+    cache = tmp_path / "cache"
+    for flags, words in [(["--image-size", 8], "image_size was 16, now 8"), (["--vae", pictures / "other"], "vae")]:
+        shutil.copytree(pictures / "vae", pictures / "other", dirs_exist_ok=True)
+        before = tree(cache)
+        with pytest.raises(InputError, match=words):
+            cached(tmp_path, pictures, "--run-name", "new", *flags)
+        assert tree(cache) == before
+    shard = cache / "moments-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-2000] ^= 1
+    shard.write_bytes(data)
+    for workers in (0, 1):
+        with pytest.raises(InputError, match="^[^\n]*moments-00002.safetensors is damaged: delete it[^\n]*$"):
+            cached(tmp_path, pictures, "--max-steps", 9, "--num-workers", workers)
+    shard.write_bytes(data[:-5])
+    with pytest.raises(InputError, match="moments-00002.safetensors is damaged"):
+        cached(tmp_path, pictures, "--max-steps", 9)
+    shard.unlink()
+    cached(tmp_path, pictures, "--max-steps", 9)
+    (cache / "index.json").write_text("{")
+    with pytest.raises(InputError, match="index.json is damaged"):
+        cached(tmp_path, pictures, "--max-steps", 9)
+
+
+def test_broken_images_are_named_and_left_out_up_to_a_limit(tmp_path, pictures, small_shards, capfd):
+    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "data" / "class0" / "04.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="1 images cannot be read, more than --max-broken 0.*"):
+        cached(tmp_path, tmp_path, "--max-broken", 0)
+    cached(tmp_path, tmp_path)
+    assert "1 broken images are left out" in capfd.readouterr().out
+    index = json.loads((tmp_path / "cache" / "index.json").read_text())
+    assert index["count"] == 22 and index["counts"] == [5, 6, 6, 5] and index["broken"][0][0] == 2
+    assert "04.png" in index["broken"][0][1]
+    with pytest.raises(InputError, match="^[^\n]*04.png[^\n]*$"):
+        train(tmp_path, "--data-path", tmp_path / "data", "--vae", "none", "--image-size", 16, "--model", "DiT-Ti/2",
+              "--run-name", "direct", "--num-workers", 1)
+
+
+# ------------------------------------------------------------------------------------------------ configuration files
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configuration_files_are_what_accelerate_reads(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == {"one_gpu": 1, "eight_gpus": 8, "two_nodes": 16, "fsdp": 8}[path.stem]
+    assert config.mixed_precision == "bf16"
+    if path.stem == "fsdp":
+        assert config.distributed_type == DistributedType.FSDP
+        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == "DiTBlock"
