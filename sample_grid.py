@@ -98,7 +98,7 @@ class Autoencoder:
         """function on a few images at a time: as many, of `pixels` image pixels each, as SLICE_PIXELS has room for."""
         with torch.autocast(x.device.type, enabled=False):
             parts = x.float().split(max(1, SLICE_PIXELS // pixels))
-            return torch.cat([function(part) for part in parts]).contiguous()  # convolutions may give channels last
+            return torch.cat([function(part) for part in parts])
 
     def _moments(self, x):
         posterior = self.vae.encode(x)
