@@ -518,16 +518,18 @@ class _Coarse:
     """
 
     def __init__(self, features, centre, scale):
-        self.rows = torch.cat([((part.double() - centre) * scale).float() for part in features.split(1024)])
-        norm = torch.cat([part.double().square().sum(1) for part in self.rows.split(1024)])
+        exact = features.dtype in (torch.float16, torch.bfloat16, torch.float32)  # then float32 differences are too
+        work = torch.float32 if exact else torch.float64
+        self.rows = torch.cat([((part.to(work) - centre.to(work)) * scale).float() for part in features.split(1024)])
+        norm = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64).square()
         bound = (self.rows.shape[1] + 32) * 2.0**-24 * norm + (norm > 0) * self.rows.shape[1] * 1e-37
         self.low, self.slack = (norm - bound).float(), (2 * bound).float()
 
     @staticmethod
     def of(*sets):
         """The sets about a median of the first, and scale^2, which turns squared distances into those of the rows."""
-        centre = sets[0][:: len(sets[0]) // 1000 + 1].double().median(0).values
-        largest = max(float((part.double() - centre).abs().max()) for x in sets for part in x.split(1024))
+        centre = sets[0][:: len(sets[0]) // 1000 + 1].median(0).values.double()
+        largest = max(float((extreme.double() - centre).abs().max()) for x in sets for extreme in x.aminmax(dim=0))
         scale = 2.0 ** -math.frexp(largest)[1]
         return [_Coarse(x, centre, scale) for x in sets], scale**2
 
@@ -545,7 +547,7 @@ def _exact(a, i, b, j):
     pieces = []
     for k in range(0, len(i), size):
         rows, columns = (F.pad(x[k : k + size], (0, max(0, k + size - len(i)))) for x in (i, j))
-        pieces.append((a[rows].double() - b[columns].double()).square().sum(1))
+        pieces.append(a[rows].double().sub_(b[columns]).square_().sum(1))
     return torch.cat([*pieces, torch.empty(0, dtype=torch.float64, device=a.device)])[: len(i)]
 
 
@@ -616,14 +618,16 @@ def _memberships(real, fake, pr_k, dc_k, block):
     for i in _spans(len(real), block):
         for j in _spans(len(fake), block):
             lower = coarse_real.lower(i, coarse_fake, j)
-            upper = lower + coarse_real.slack[i, None] + coarse_fake.slack[j]
 
-            def inside(radii, compare, i=i, j=j, lower=lower, upper=upper):
+            def inside(radii, compare, i=i, j=j, lower=lower):
                 limit = (radii * scale2).float()
-                within = upper < limit
-                r, c = ((lower <= limit) & ~within).nonzero(as_tuple=True)
-                within[r, c] = compare(_exact(real, r + i.start, fake, c + j.start), radii.expand_as(lower)[r, c])
-                return within
+                near = lower <= limit
+                r, c = near.nonzero(as_tuple=True)
+                upper = lower[r, c] + coarse_real.slack[i][r] + coarse_fake.slack[j][c]
+                unsure = (upper >= limit.expand_as(lower)[r, c]).nonzero()[:, 0]
+                r, c = r[unsure], c[unsure]
+                near[r, c] = compare(_exact(real, r + i.start, fake, c + j.start), radii.expand_as(lower)[r, c])
+                return near
 
             if pr_k:
                 in_real[j] |= inside(radii[pr_k][i, None], torch.le).any(0)
