@@ -67,7 +67,7 @@ def matrix_rate(dtype, device, size=2048):
 
 def difference(result, reference):
     """|result - reference| / |reference| of tensors or numbers."""
-    result, reference = (torch.as_tensor(x).double().cpu() for x in (result, reference))
+    result, reference = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (result, reference))
     return float((result - reference).norm() / reference.norm())
 
 
