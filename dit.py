@@ -285,7 +285,7 @@ class DiT(nn.Module):
             raise InputError("guidance needs a model trained with label dropout; this one has no null label: "
                              "use --cfg-scale 1")
         null = torch.full_like(y, self.num_classes)
-        cond, uncond = self(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+        cond, uncond = self(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).float().chunk(2)
         n = self.in_channels if cfg_channels is None else cfg_channels
         guided = uncond[:, :n] + cfg_scale * (cond[:, :n] - uncond[:, :n])
         return torch.cat([guided, cond[:, n:]], dim=1)
