@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -134,7 +135,7 @@ def add_data_args(parser):
 
 def is_image_folder(path):
     """Whether path is a folder of image files, rather than one of Parquet or Arrow files or a saved data set."""
-    saved = ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow", "dataset_dict.json")
+    saved = ("*.parquet", "*.arrow", "data/*.parquet", "data/*.arrow", "dataset_dict.json")
     return Path(path).is_dir() and not any(next(Path(path).glob(pattern), None) for pattern in saved)
 
 
@@ -153,8 +154,12 @@ def load_data(path, image_size=None, image_column=None, label_column=None, split
         return ImageData("digits", images, digits.target, [str(c) for c in range(10)], image_size or 8, 1)
     if is_image_folder(path):
         return load_folder(path, image_size or 256, split)
+    if not Path(path).is_dir() and str(path).count("/") != 1:
+        raise InputError(f"unknown data {path!r}: give digits, an existing folder, or a hub id such as owner/name")
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.logging.set_verbosity_error()  # not a line for each attempt to reach the hub
     try:
         if Path(path).is_dir() and any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             data = datasets.load_from_disk(path)
@@ -304,7 +309,9 @@ class Inception:
         path = Path(path or self.download())
         try:
             content = path.read_bytes()
-            net = torch.jit.load(io.BytesIO(content), map_location=device).eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # TorchScript is on its way out, this file is not
+                net = torch.jit.load(io.BytesIO(content), map_location=device).eval()
             self.layers, self.output = dict(net.layers.named_children()), net.output.weight.float()
             self.layers["mixed_6"].conv  # noqa: B018, of which sFID takes the output
         except (OSError, RuntimeError, AttributeError, KeyError) as error:
@@ -771,7 +778,7 @@ def compute_metrics(reference, fake, network, metrics, intervals=False, block=20
         if intervals:
             half = 0 if trials else 1.96 * error()
             low, high = _wilson(value, trials) if trials else (value - half, value + half)
-            figures[f"{name}_low"], figures[f"{name}_high"] = low, high
+            figures[f"{name}_low"], figures[f"{name}_high"] = low if name == "kid" else max(0.0, low), high
 
     if "fid" in metrics:
         pools = *reference.pool, *fake.pool
