@@ -87,7 +87,10 @@ class Autoencoder:
         warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")  # between diffusers 0.42 and huggingface_hub
         try:
             config = diffusers.AutoencoderKL.load_config(source)
-            vae = getattr(diffusers, config["_class_name"]).from_pretrained(source, torch_dtype=torch.float32)
+            kind = getattr(diffusers, str(config["_class_name"]))
+            if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+                raise ValueError(f"{config['_class_name']} is no network")
+            vae = kind.from_pretrained(source, torch_dtype=torch.float32)
             return cls(vae.to(device).eval().requires_grad_(False), name)
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
