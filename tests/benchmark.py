@@ -145,7 +145,10 @@ def compile_blocks(network):
 
 
 class Diffusers(torch.nn.Module):
-    """diffusers' DiTTransformer2DModel with the weights of `network`, called as that is."""
+    """diffusers' DiTTransformer2DModel with the weights of `network`, called as that is.
+
+    It has a copy of the embedders in every block and trains each by itself: after a step it is another network.
+    """
 
     def __init__(self, network):
         from diffusers import DiTTransformer2DModel
