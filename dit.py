@@ -510,8 +510,12 @@ def _read_pickle(path):
             with zipfile.ZipFile(path) as file:  # torch.load compares no checksums
                 if name := file.testzip():
                     raise zipfile.BadZipFile(name)
+                if any(name.endswith("/constants.pkl") for name in file.namelist()):
+                    raise InputError(f"{path} is refused: it is TorchScript, which is code, not weights")
         with torch.serialization.safe_globals([argparse.Namespace]):  # mapped: optimizer states stay on the disk
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError:
+        raise
     except Exception as error:  # a parser of arbitrary bytes may raise anything
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
