@@ -127,8 +127,11 @@ class FullDisk:
     def full(self):
         return len(self.seen) > self.n
 
+    def has(self, path):
+        return f"{path}/".startswith(f"{self.root}/")
+
     def use(self, what, path):
-        if str(path).startswith(self.root):
+        if self.has(path):
             self.seen.append((what, str(path)))
             if self.full:
                 raise OSError(errno.ENOSPC, NO_SPACE, str(path))
@@ -151,8 +154,7 @@ class FullDisk:
                 return super().fileno()
 
         def open_file(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, **kwargs):
-            named = isinstance(file, str | os.PathLike) and str(file).startswith(disk.root)
-            if not named or kwargs.get("opener") or not set(mode) & set("wax+"):
+            if not disk.has(file) or kwargs.get("opener") or not set(mode) & set("wax+"):
                 return plain_open(file, mode, buffering, encoding, errors, newline, **kwargs)
             disk.use("open", file)
             raw = File(str(file), mode.replace("b", "").replace("t", ""))
