@@ -513,6 +513,9 @@ def test_a_saved_reference_stands_for_its_images(standin, tmp_path):
             cli(*args, "--metrics", metrics)
     with pytest.raises(InputError, match="clean"):
         cli("--samples", tmp_path / "fake", "--ref", tmp_path / "ref.npz", "--features", standin, "--resize", "clean")
+    np.savez(tmp_path / "other.npz", **arrays | dict(network="another-adm"))
+    with pytest.raises(InputError, match="another-adm"):
+        cli("--samples", tmp_path / "fake", "--ref", tmp_path / "other.npz", *common)
 
 
 def compute_mean(folder, standin):
