@@ -418,7 +418,7 @@ class Run:
         on_main(self.accelerator, self.open)
         self.stop.__enter__()
         if self.args.tracker != "none":
-            self.accelerator.project_configuration.set_directories(str(self.folder))
+            self.accelerator.project_configuration.logging_dir = str(self.folder)
             self.accelerator.init_trackers(self.name, {name: str(value) for name, value in self.settings.items()})
         return self
 
@@ -802,7 +802,7 @@ def fill_preset(args):
                 raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {low} or more")
     if args.latent_cache and args.vae == "none":
         raise InputError("--latent-cache does nothing with --vae none: pixels need no encoding")
-    if args.tracker not in ("none", *get_available_trackers()):
+    if args.tracker not in ("none", *map(str, get_available_trackers())):
         raise InputError(f"--tracker {args.tracker} needs a package: pip install {args.tracker}")
 
 
@@ -860,7 +860,7 @@ def main(args):
     fill_preset(args)
     accelerator = make_accelerator(
         args.mixed_precision, args.tf32, gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.tracker == "none" else args.tracker,
+        log_with=None if args.tracker == "none" else args.tracker, project_dir=args.results_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],  # one may have more to cache than another
     )
     device, accumulation = accelerator.device, accelerator.gradient_accumulation_steps

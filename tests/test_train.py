@@ -278,9 +278,18 @@ def test_bfloat16_keeps_weights_in_float32_and_losses_near(tmp_path, whole_run):
     assert a != b and a == pytest.approx(b, rel=0.02)
 
 
+def test_the_tracker_gets_what_the_log_gets(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(tmp_path, "--tracker", "tensorboard")
+    events = [EventAccumulator(str(path)).Reload() for path in run.rglob("events*")]
+    (scalars,) = [found.Scalars("loss") for found in events if "loss" in found.Tags()["scalars"]]
+    assert [(s.step, s.value) for s in scalars] == [(line["step"], pytest.approx(line["loss"])) for line in lines(run)]
+
+
 @pytest.mark.slow
 def test_a_compiled_network_saves_the_same_names_and_resumes(tmp_path, whole_run):
-    run = train(tmp_path, "--compile", "--max-steps", 4)
+    train(tmp_path, "--compile", "--max-steps", 3)
     run = train(tmp_path, "--compile")
     assert result(run)[1].keys() == result(whole_run)[1].keys()
     assert lines(run)[-1]["loss"] == pytest.approx(lines(whole_run)[-1]["loss"], rel=1e-4)
@@ -520,8 +529,8 @@ def test_training_from_the_cache_is_training_from_the_pictures(tmp_path, picture
     assert sorted(tree(tmp_path / "with" / "cache"))[1:] == [f"moments-0000{i}.safetensors" for i in range(4)]
     index = json.loads((tmp_path / "with" / "cache" / "index.json").read_text())
     assert index["count"] == 23 and index["counts"] == [6, 6, 6, 5] and index["broken"] == []
-    without = train(tmp_path / "without", "--data-path", pictures / "data", "--vae", pictures / "vae", "--image-size", 16,
-                    "--model", "DiT-Ti/2", "--num-workers", 2)
+    without = train(tmp_path / "without", "--data-path", pictures / "data", "--vae", pictures / "vae",
+                    "--image-size", 16, "--model", "DiT-Ti/2", "--num-workers", 2)
     for a, b in zip(lines(run), lines(without), strict=True):
         assert [a["loss"], a["latent_std"]] == pytest.approx([b["loss"], b["latent_std"]], rel=1e-3)
 
