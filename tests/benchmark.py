@@ -42,7 +42,7 @@ import dit  # noqa: E402
 import evaluate  # noqa: E402
 import train_accelerate  # noqa: E402
 from gaussian_diffusion import create_diffusion  # noqa: E402
-from sample_grid import Autoencoder, make_accelerator  # noqa: E402
+from sample_grid import Autoencoder, add_sampling_args, make_accelerator, sampling_settings  # noqa: E402
 
 SECTIONS = ("train", "losses", "sample", "steps", "metrics", "data", "startup")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -310,17 +310,20 @@ def steps(args):
     few, many = (4, 8) if args.quick else (20, 250)
     tries = [("ddpm", many, "fp32", 0), ("ddpm", many, "fp32", count), ("ddpm", many, "bf16", 0),
              ("ddpm", few, "fp32", 0), ("ddim", few, "fp32", 0), ("dpm++", few, "fp32", 0), ("dpm++", few, "bf16", 0),
-             ("dpm++", few // 2, "fp32", 0)]
+             ("dpm++", few // 2, "fp32", 0)]  # another seed's distance is the noise of this figure
+    flags = argparse.ArgumentParser()
+    add_sampling_args(flags)
     for sampler, number, precision, seed in tries:
-        process, start = create_diffusion(str(number), learn_sigma=network.learn_sigma), time.perf_counter()
-        distance = evaluate.evaluate_model(
-            network, process, Autoencoder(channels=1), reference, features, count, accelerator, ("fid",), seed,
-            intervals=False, sampler=sampler, dtype=precision)["fd"]
+        words = f"--sampler {sampler} --num-sampling-steps {number} --dtype {precision} --cfg-scale 1"
+        process, sampling = sampling_settings(flags.parse_args(words.split()), network, 1.0)
+        start = time.perf_counter()
+        distance = evaluate.evaluate_model(network, process, Autoencoder(channels=1), reference, features, count,
+                                           accelerator, ("fid",), seed, intervals=False, **sampling)["fd"]
         first = first or distance
         rows.append([sampler, number, precision, seed, f"{distance:.2f}", f"{distance / first - 1:+.1%}",
                      f"{time.perf_counter() - start:.0f}"])
     columns = ["sampler", "steps", "precision", "seed", "FD", "to the first", "seconds"]
-    print_table(f"image quality and steps, {count} digits without guidance", columns, rows)
+    print_table(f"image quality and steps, {count} samples without guidance", columns, rows)
 
 
 # ------------------------------------------------------------------------------------------------ metrics
