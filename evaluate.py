@@ -1,9 +1,9 @@
 """From pictures to numbers: image data sets, feature networks, and the metrics. Read sample_grid.py first.
 
 accelerate launch evaluate.py --ckpt results/digits-DiT-Ti-2 --ref digits --num-fid-samples 1797      on a CPU
-accelerate launch evaluate.py --ckpt DiT-XL/2-256 --features inception --ref VIRTUAL_imagenet256_labeled.npz
-python evaluate.py --samples FOLDER_OR_NPZ --features inception --ref FOLDER      images that exist already
-python evaluate.py --ref FOLDER --image-size 256 --features inception --save-ref ref.npz      statistics for later runs
+accelerate launch evaluate.py --ckpt DiT-XL/2-256 --ref VIRTUAL_imagenet256_labeled.npz
+python evaluate.py --samples FOLDER_OR_NPZ --ref FOLDER      images that exist already
+python evaluate.py --ref FOLDER --image-size 256 --save-ref ref.npz      statistics for later runs
 torchrun --nproc_per_node 2 evaluate.py --ckpt results/digits-DiT-Ti-2            two processes on a CPU
 
 Images -> features (2048 numbers each, of a network that classifies) -> statistics of two sets -> their distance. The
@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -35,6 +36,7 @@ from sample_grid import add_sampling_args, load_vae, make_accelerator, sample_im
 
 METRICS = ("fid", "sfid", "is", "pr", "kid", "dc")
 IMAGE_FILES = (".bmp", ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+BAD_NPZ = (OSError, EOFError, ValueError, SyntaxError, MemoryError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 SMALL = 5000  # samples up to which intervals are cheap enough to be the default
 
 
@@ -80,7 +82,9 @@ def decode_image(item, name):
     """
     try:
         if isinstance(item, dict):
-            item = Image.open(item["path"] if item["bytes"] is None else io.BytesIO(item["bytes"]))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such an image is refused below
+                item = Image.open(item["path"] if item["bytes"] is None else io.BytesIO(item["bytes"]))
         if item.width * item.height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(f"{item.width} x {item.height} pixels are more than an honest photo has")
         image = ImageOps.exif_transpose(item)
@@ -166,7 +170,7 @@ def load_data(path, image_size=None, image_column=None, label_column=None, split
             data = data[split] if isinstance(data, datasets.DatasetDict) else data
         else:
             data = datasets.load_dataset(str(path), split=split)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"unknown data {path!r} (split {split}): give digits, a folder of images, a saved data set, "
                          f"or a hub id and a network ({reason})") from error
@@ -212,8 +216,11 @@ def load_folder(path, image_size=None, split="train"):
     if split in inside and inside <= {"train", "val", "valid", "validation", "test"}:
         root = root / split
     files = []
+    seen = set()  # a link may lead back to a folder that holds it
     for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if not name.startswith(".")
+                            and os.path.realpath(os.path.join(folder, name)) not in seen)
         files += [os.path.relpath(os.path.join(folder, name), root) for name in names
                   if name.lower().endswith(IMAGE_FILES) and not name.startswith(".")]
     files.sort()
@@ -238,7 +245,7 @@ class NpzImages:
         self.path, self.name = path, Path(path).name
         with self._open() as (_, header):
             shape, fortran, dtype = header
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or 0 in shape:
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
             raise InputError(f"arr_0 of {path} must be uint8 (N, H, W, 3), rows first, not {dtype} {shape}: convert it")
         self.shape = shape
 
@@ -254,9 +261,9 @@ class NpzImages:
                 yield file, read(file)
         except KeyError:
             raise InputError(f"{self.path} has no images arr_0, which this metric needs") from None
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except BAD_NPZ as error:
             raise InputError(f"cannot read {self.path}: {error}") from error
 
     def batches(self, rank, world, batch_size):
@@ -452,13 +459,15 @@ def compute_statistics(features):
 
 
 def _factor(sigma):
-    """F (D, D) with F F^T = sigma: Cholesky's if sigma has full rank (ten times faster), else by eigenvectors."""
+    """F (D, rank) with F F^T = sigma: Cholesky's if the rank is full (ten times faster), else by eigenvectors."""
     factor, failed = torch.linalg.cholesky_ex(sigma)
     if not failed:
         return factor
     values, vectors = torch.linalg.eigh(sigma)
     noise = len(values) * torch.finfo(torch.float64).eps * values[-1]  # eigenvalues of zero come out as large as this
-    return vectors * values.masked_fill(values <= noise, 0).sqrt()
+    kept = values > noise
+    kept[-1] = True
+    return vectors[:, kept] * values[kept].clamp(min=0).sqrt()
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -894,8 +903,10 @@ def _stored_statistics(path, network, metrics):
             names = {name.removesuffix(".npy") for name in archive.namelist()}
         with np.load(path, allow_pickle=False) as file:
             stored = {name: file[name] for name in names & {"mu", "sigma", "mu_s", "sigma_s", "network"}}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except BAD_NPZ as error:
         raise InputError(f"cannot read {path}: {error}") from error
+    if wrong := [name for name, value in stored.items() if not isinstance(value, np.ndarray)]:
+        raise InputError(f"cannot read {path}: {wrong[0]} in it is no array")
     if "mu" not in names:
         return {}
     of = str(stored.get("network", "the ADM suite"))
@@ -1001,7 +1012,10 @@ def _check_folder(folder, settings, accelerator):
     path = Path(folder) / "settings.json"
     settings = json.loads(json.dumps(settings))
     if path.is_file():
-        old = json.loads(path.read_text())
+        try:
+            old = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}): give another --save-images") from error
         differ = [f"{key} {old.get(key)}" for key in settings | old if old.get(key) != settings.get(key)]
         if differ:
             raise InputError(f"{folder} holds samples made with {', '.join(differ)}: give another --save-images")
@@ -1129,8 +1143,8 @@ def parse_args(argv=None):
         "(default: DiT-XL/2-{image size}, unless there are --samples)")
     add("--samples", help="score these images instead: a folder, an .npz, or a data set (default: generate them)")
     add("--ref", default="digits", help="reference: an ADM .npz, a folder, or a data set (default: %(default)s)")
-    add("--features", default="efficientnet-lite0", help="inception, efficientnet-lite0 or the path of a TorchScript "
-        "file like NVIDIA's inception-2015-12-05.pt (default: %(default)s)")
+    add("--features", help="inception, efficientnet-lite0 or the path of a TorchScript file like NVIDIA's "
+        "inception-2015-12-05.pt; which is code and runs (default: efficientnet-lite0 for digits, else inception)")
     add("--resize", choices=("adm", "clean"), help="how Inception's input is resized: as the ADM suite or as "
         "clean-fid; the figures do not compare (default: adm)")
     add("--metrics", help=f"some of {','.join(METRICS)} (default: all that the features allow)")
@@ -1208,6 +1222,7 @@ def open_model(args, ckpt, accelerator):
 
 
 def main(args):
+    args.features = args.features or ("efficientnet-lite0" if args.ref == "digits" else "inception")
     check_args(args)
     accelerator = make_accelerator(tf32=args.tf32)
     network = load_features(args.features, accelerator.device, args.resize or "adm")
