@@ -77,11 +77,11 @@ def test_bad_input_is_one_line_and_status_2(script, args, words, tmp_path, monke
 
 @pytest.mark.slow
 def test_digits_are_learnt(tmp_path):
-    """A third of the demo: the loss falls, and a classifier of real digits reads the label that was asked for."""
-    run("train_accelerate.py --max-steps 500 --sample-every 0 --eval-samples 0 --results-dir runs", tmp_path)
+    """Most of the demo: the loss falls, and a classifier of real digits reads the label that was asked for."""
+    run("train_accelerate.py --max-steps 1000 --sample-every 0 --eval-samples 0 --results-dir runs", tmp_path)
     folder = tmp_path / "runs" / "digits-DiT-Ti-2"
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert losses[-1] < 0.14, losses
+    assert losses[-1] < 0.12, losses
     y = torch.arange(200) % 10
     images = sample_images(load_checkpoint(folder), create_diffusion("50"), Autoencoder(channels=1), y, range(200), 1.5)
     digits = load_digits()

@@ -25,7 +25,7 @@ from train_accelerate import main, parse_args
 TIMING = {"images_per_second", "step_seconds", "data_seconds", "compute_seconds", "flops_per_second", "memory_gb"}
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--max-steps", 6, "--global-batch-size", 8, "--ckpt-every", 2, "--log-every", 3, "--sample-every", 0,
-         "--eval-every", 0, "--num-sampling-steps", 2, "--warmup-steps", 2, "--run-name", "run"]
+         "--eval-every", 0, "--num-sampling-steps", 2, "--warmup-steps", 2, "--lr", 0.002, "--run-name", "run"]
 
 
 def reset_accelerate():
