@@ -56,7 +56,7 @@ PAPER = dict(
     model="DiT-XL/2", image_size=256, vae="ema", class_dropout_prob=0.1, global_batch_size=256, lr=1e-4, warmup_steps=0,
     grad_clip=0.0, ema_decay=0.9999, mirror=True, epochs=1400, max_steps=None, num_workers=4, log_every=100,
     ckpt_every=50_000, sample_every=50_000, eval_every=50_000, eval_samples=10_000, features="inception",
-    sampling=dict(num_sampling_steps=250, cfg_scale=1.5),
+    sampling=dict(num_sampling_steps=250),
 )
 DIGITS = dict(
     model="DiT-Ti/2", image_size=8, vae="none", class_dropout_prob=0.1, global_batch_size=64, lr=3e-3,
@@ -237,7 +237,7 @@ def remove_folder(folder):
 
 def remove_leftovers(folder):
     """Remove the temporary files and folders of a process that was killed while it wrote."""
-    for path in list(folder.rglob(".*.tmp*")):
+    for path in [*folder.rglob(".*.tmp*"), *folder.rglob(".tmp*")]:  # ours, and what safetensors names so
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -429,13 +429,15 @@ class Run:
             self.lock.close()
 
     def open(self):
-        """Lock the folder, compare the settings with those that the run was begun with, and write them down."""
+        """Lock the folder and compare the settings with those that the run was begun with."""
         make_folder(self.folder)
-        self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - the lock ends with the process, however that ends
         try:
+            self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - the lock ends with the process
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the workers do not inherit, unlike flock's
         except (BlockingIOError, PermissionError) as error:
             raise InputError(f"another process trains in {self.folder}: give this run another --run-name") from error
+        except OSError as error:
+            raise InputError(f"cannot write {self.folder / '.lock'}: {error.strerror}") from error
         config, new = self.folder / "config.json", json.loads(json.dumps(self.settings))
         if config.exists() and self.checkpoints():
             old = read_json(config)
@@ -447,7 +449,10 @@ class Run:
             if processes := differences(old, {"num_processes": new["num_processes"]}):
                 print(f"{processes}: results agree with those of an unchanged run up to rounding")
         remove_leftovers(self.folder)
-        write_atomically(config, lambda path: path.write_text(json.dumps(new, indent=1)))
+
+    def write_settings(self):
+        text = json.dumps(self.settings, indent=1)
+        write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
 
     def log(self, step, **figures):
         """Append a line to metrics.jsonl and give its numbers to the tracker."""
@@ -464,17 +469,25 @@ class Run:
         except OSError as error:
             raise InputError(f"cannot write {self.folder / 'metrics.jsonl'}: {error.strerror}") from error
 
-    def cut_log(self, step):
-        """Cut from metrics.jsonl what was logged after a step, and a line that a kill broke off; returns the rest."""
+    def cut_log(self, step, least):
+        """Cut from metrics.jsonl what was logged after a step, and a line that a kill broke off; returns the rest.
+
+        InputError when a line cannot be read, or there are fewer than the checkpoint saw.
+        """
         path, lines = self.folder / "metrics.jsonl", []
         if not path.exists():
             return lines
-        for line in path.read_text().splitlines(keepends=True):
+        for line in path.read_text(errors="replace").splitlines(keepends=True):
             try:
+                if "\ufffd" in line:
+                    raise ValueError("not text")
                 if line.endswith("\n") and json.loads(line)["step"] <= step:
                     lines.append(line)
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path} is damaged at {line[:40]!r}: mend or remove that line") from error
+        if len(lines) < least:
+            raise InputError(f"{path} is damaged: {len(lines)} lines up to step {step} in place of {least}; "
+                             "restore it, or delete it to go on without them")
         write_atomically(path, lambda new: new.write_text("".join(lines)))
         return [json.loads(line) for line in lines]
 
@@ -485,18 +498,19 @@ class Run:
     def resume(self, model, ema, optimizer, window):
         """Load this run's newest whole checkpoint into them, which `save` saves; returns its step, 0 without one."""
         self.model, self.ema, self.optimizer, self.window = model, ema, optimizer, window
-        step, name = 0, on_main(self.accelerator, self.newest_whole)
+        step, least, name = 0, 0, on_main(self.accelerator, self.newest_whole)
         if name:
             folder = self.folder / "checkpoints" / name
             state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            step = state["step"]
+            step, least = state["step"], state["lines"]
             whole_state.set_model_state_dict(model, load_file(folder / "model.safetensors"), options=WHOLE)
             whole_state.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
             ema.load_state_dict(load_file(folder / "ema.safetensors"))
             window.load(state["window"], state["skipped"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.lines = on_main(self.accelerator, self.cut_log, step)
+        self.lines = on_main(self.accelerator, self.cut_log, step, least)
+        on_main(self.accelerator, self.write_settings)  # once all that is there has been found whole
         return step
 
     def newest_whole(self):
@@ -526,7 +540,8 @@ class Run:
         weights = whole_state.get_model_state_dict(self.model, options=WHOLE)
         optimizer = whole_state.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
         scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
-        state = dict(optimizer=optimizer, step=step, seed=self.args.global_seed, scaler=scaler, **self.window.state())
+        state = dict(optimizer=optimizer, step=step, seed=self.args.global_seed, scaler=scaler, lines=len(self.lines),
+                     **self.window.state())
         on_main(self.accelerator, self.write, step, weights, state)
         self.stop.saved = True
 
@@ -539,14 +554,15 @@ class Run:
             write_atomically(new / "optimizer.pt", lambda path: torch.save(state, path))
             record = dict(step=step, crc32={path.name: file_crc32(path) for path in sorted(new.iterdir())})
             write_atomically(new / "state.json", lambda path: path.write_text(json.dumps(record)))
-        except InputError as error:
+            remove_folder(final)
+            os.replace(new, final)
+            dit.sync_folder(final.parent)
+            for old in self.checkpoints()[: -self.args.keep_checkpoints]:
+                remove_folder(old)
+        except (InputError, OSError) as error:
             shutil.rmtree(new, ignore_errors=True)
-            raise InputError(f"{error}; {self.last_good()}") from error
-        remove_folder(final)
-        os.replace(new, final)
-        dit.sync_folder(final.parent)
-        for old in self.checkpoints()[: -self.args.keep_checkpoints]:
-            remove_folder(old)
+            reason = error if isinstance(error, InputError) else f"cannot write {final}: {error.strerror}"
+            raise InputError(f"{reason}; {self.last_good()}") from error
 
     def last_good(self):
         found = self.checkpoints()
@@ -641,6 +657,7 @@ class Previews:
         self.args, self.ema, self.vae, self.data, self.accelerator, self.run = args, ema, vae, data, accelerator, run
         self.diffusion, self.sampling = sampling_settings(args, ema, cfg_scale=1.0)
         self.network = load_features(args.features, accelerator.device) if args.eval_every else None
+        self.metrics = None if len(data) <= 50_000 else ("fid", "is")  # the others keep every image's features
         self.reference = None
 
     def draw(self, step):
@@ -652,10 +669,11 @@ class Previews:
     def evaluate(self, step):
         """Figures into metrics.jsonl; the weights with the run's lowest FID, or FD, are kept in best.safetensors."""
         if self.reference is None:
-            self.reference = reference_set(self.data, self.network, self.accelerator)
+            workers = self.args.num_workers
+            self.reference = reference_set(self.data, self.network, self.accelerator, self.metrics, num_workers=workers)
         figures = evaluate_model(
             self.ema, self.diffusion, self.vae, self.reference, self.network, self.args.eval_samples, self.accelerator,
-            seed=self.args.global_seed, **self.sampling,
+            metrics=self.metrics, seed=self.args.global_seed, **self.sampling,
         )
         name = self.network.distance.lower()
         best = self.run.best(name)
@@ -882,7 +900,8 @@ def main(args):
         if args.latent_cache:
             data = latent_cache(args, data, vae, accelerator)
         if args.compile:
-            network.compile()  # in place: names of weights stay, and the EMA is not compiled
+            for block in network.blocks:  # all alike: one compilation; in place, so that names of weights stay
+                block.compile()
         model, optimizer = accelerator.prepare(network.train(), adam)
         window = Window(accelerator, args.global_batch_size, dit.count_macs(network.config))
         start, total = run.resume(model, ema, adam, window), count_steps(args, len(data))
