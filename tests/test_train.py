@@ -112,7 +112,7 @@ def quick_evaluation(monkeypatch):
         return dict(fd=abs(math.sin(1e3 * step)), features="none", num_samples=3)
 
     monkeypatch.setattr(train_accelerate, "load_features", lambda name, device: Network())
-    monkeypatch.setattr(train_accelerate, "reference_set", lambda data, network, accelerator: None)
+    monkeypatch.setattr(train_accelerate, "reference_set", lambda *args, **settings: None)
     monkeypatch.setattr(train_accelerate, "evaluate_model", figures)
 
 
