@@ -59,9 +59,9 @@ PAPER = dict(
     sampling=dict(num_sampling_steps=250),
 )
 DIGITS = dict(
-    model="DiT-Ti/2", image_size=8, vae="none", class_dropout_prob=0.1, global_batch_size=128, lr=2e-3,
-    warmup_steps=100, grad_clip=1.0, ema_decay=0.995, mirror=False, epochs=None, max_steps=1300, num_workers=0,
-    log_every=50, ckpt_every=650, sample_every=650, eval_every=1300, eval_samples=500, features="efficientnet-lite0",
+    model="DiT-Ti/2", image_size=8, vae="none", class_dropout_prob=0.1, global_batch_size=128, lr=4e-3,
+    warmup_steps=100, grad_clip=1.0, ema_decay=0.995, mirror=False, epochs=None, max_steps=1000, num_workers=0,
+    log_every=50, ckpt_every=500, sample_every=500, eval_every=1000, eval_samples=500, features="efficientnet-lite0",
     sampling=dict(num_sampling_steps=50, cfg_scale=1.5),
 )
 # What may change when a run goes on: never FIXED, which gives the weights their shapes; always FREE; else if told to.
