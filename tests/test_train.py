@@ -128,19 +128,24 @@ def whole_run(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------ exactness
 
 
+def die_at(write):
+    """SIGKILL this process at its write-th rename, counted from 1."""
+    count, replace = itertools.count(1), os.replace
+
+    def replace_or_die(*args):
+        if next(count) == write:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(*args)
+
+    os.replace = replace_or_die
+
+
 def test_kills_at_every_write_leave_no_trace(tmp_path, quick_evaluation):
     """SIGKILL before the 1st, then the 2nd, ... write or rename, each time going on, until a run ends by itself."""
     whole = train(tmp_path / "whole", *PREVIEWS)
 
     def killed(write):
-        count, replace = itertools.count(1), os.replace
-
-        def replace_or_die(*args):
-            if next(count) == write:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return replace(*args)
-
-        os.replace = replace_or_die
+        die_at(write)
         train(tmp_path / "killed", *PREVIEWS)
 
     statuses = [wait(fork(lambda n=n: killed(n)))[0] for n in [3, 4, 6, 7, 1, 8, 9, 10, 5, 12, 2, 11, 100]]
@@ -540,14 +545,7 @@ def test_a_cache_built_by_two_and_through_kills_is_the_same(tmp_path, pictures, 
     whole = tree(tmp_path / "whole" / "cache")
 
     def killed(write):
-        count, replace = itertools.count(1), os.replace
-
-        def replace_or_die(*args):
-            if next(count) == write:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return replace(*args)
-
-        os.replace = replace_or_die
+        die_at(write)
         cached(tmp_path / "killed", pictures, "--max-steps", 1)
 
     statuses = [wait(fork(lambda n=n: killed(n)))[0] for n in (2, 3, 4, 100)]
