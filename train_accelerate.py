@@ -19,6 +19,7 @@ state. A run's folder must be one that all processes see.
 
 import argparse
 import bisect
+import contextlib
 import copy
 import fcntl
 import functools
@@ -256,16 +257,18 @@ def differences(old, new):
 # ------------------------------------------------------------------------------------------------ data
 
 
-def read_batches(data, sampler, workers, device):
-    """The sampler's micro-batches of data, loaded ahead by worker processes."""
-    loader = torch.utils.data.DataLoader(
-        data, batch_sampler=sampler, num_workers=workers, worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda",
-    )
+def read_batches(data, sampler, workers, **options):
+    """The sampler's micro-batches of data, loaded ahead by workers, which end when this generator is closed."""
+    batches = iter(torch.utils.data.DataLoader(
+        data, batch_sampler=sampler, num_workers=workers, worker_init_fn=ignore_signals, **options
+    ))
     try:
-        yield from loader
+        yield from batches
     except InputError as error:  # from a worker it comes with the worker's traceback, which ends with the message
         raise InputError(str(error).strip().splitlines()[-1].removeprefix("dit.InputError: ")) from error
+    finally:
+        if workers:
+            batches._shutdown_workers()  # they ignore the signal by which Python would end them, and wait for them
 
 
 class LatentCache(torch.utils.data.Dataset):
@@ -379,14 +382,11 @@ def latent_cache(args, data, vae, accelerator):
     missing = [s for s in mine if not shards[s].exists()]
     batches = {s: torch.arange(s * size, min(len(data), (s + 1) * size)).split(32) for s in missing}
     plan = [batch.tolist() for s in missing for batch in batches[s]]
-    loader = iter(torch.utils.data.DataLoader(
-        NamedBroken(data), batch_sampler=plan, collate_fn=list, num_workers=args.num_workers,
-        worker_init_fn=ignore_signals,
-    ))
-    with progress_bar(accelerator, "latents", sum(map(len, plan))) as progress:
+    loader = contextlib.closing(read_batches(NamedBroken(data), plan, args.num_workers, collate_fn=list))
+    with progress_bar(accelerator, "latents", sum(map(len, plan))) as progress, loader as loaded:
         for s in missing:
             rows, broken = [], []
-            for examples in itertools.islice(loader, len(batches[s])):
+            for examples in itertools.islice(loaded, len(batches[s])):
                 broken += [[index, label] for index, image, label in examples if image is None]
                 good = [(image, label) for _, image, label in examples if image is not None]
                 if good:
@@ -908,9 +908,9 @@ def main(args):
         previews.make_up(start, total)
 
         sampler = GlobalBatches(args, len(data), start, total, accelerator)
-        batches = read_batches(data, sampler, args.num_workers, device)
+        batches = read_batches(data, sampler, args.num_workers, pin_memory=device.type == "cuda")
         latent_shape = (network.in_channels, network.input_size, network.input_size)
-        with progress_bar(accelerator, "step", total, start) as progress:
+        with contextlib.closing(batches), progress_bar(accelerator, "step", total, start) as progress:
             for step in range(start, total):
                 run.stop.saved = False
                 t, drop, noise, vae_noise = draw_randomness(args, step, diffusion.num_timesteps, latent_shape, device)
