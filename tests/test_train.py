@@ -602,9 +602,9 @@ def test_a_command_with_workers_ends_when_it_fails(tmp_path, pictures):
     """The workers ignore SIGTERM, with which Python ends its processes at exit and then waits for them for ever."""
     shutil.copytree(pictures / "data", tmp_path / "data")
     (tmp_path / "data" / "class0" / "04.png").write_bytes(b"no picture")
-    command = [sys.executable, ROOT / "train_accelerate.py", "--data-path", "data", "--vae", "none", "--image-size", "8",
-               "--model", "DiT-Ti/2", "--global-batch-size", "8", "--num-workers", "2", "--eval-samples", "0"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, ROOT / "train_accelerate.py", "--data-path", "data", "--vae", "none", "--image-size", 8,
+               "--model", "DiT-Ti/2", "--global-batch-size", 8, "--num-workers", 2, "--eval-samples", 0]
+    ended = subprocess.run([str(word) for word in command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and "04.png" in ended.stderr.splitlines()[-1]
 
 
