@@ -50,9 +50,19 @@ class InputError(ValueError):
     """What the user gave cannot be used. The command lines show its text as one line and exit with status 2."""
 
 
-def say(text):
-    """One line on stderr, from rank 0 alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
+class LocalError(InputError):
+    """An InputError about a file that one process alone may have met, in its share: it is shown whatever its rank.
+
+    Out of a DataLoader's worker the message comes below the worker's traceback, which is left out.
+    """
+
+    def __init__(self, message):
+        super().__init__(re.sub(rf"(?s)^Caught .*\n([\w.]+\.)?{type(self).__name__}: ", "", str(message).strip()))
+
+
+def say(text, everywhere=False):
+    """One line on stderr, from rank 0 alone, or from every process that has something to say."""
+    if everywhere or int(os.environ.get("RANK", 0)) == 0:
         print(" ".join(text.split()), file=sys.stderr)
 
 
@@ -64,7 +74,7 @@ def run_command(main, args=None):
     try:
         main(args)
     except InputError as error:
-        say(f"error: {error}")
+        say(f"error: {error}", everywhere=isinstance(error, LocalError))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -364,7 +374,7 @@ def sync_folder(folder):
 def write_atomically(path, write):
     """Call write(temporary_path), flush to the disk, then rename it to path: the file appears whole or not at all.
 
-    Raises InputError naming path and reason when the system refuses (full disk, no permission).
+    Raises LocalError naming path and reason when the system refuses (full disk, no permission).
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
@@ -379,11 +389,11 @@ def write_atomically(path, write):
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+        raise LocalError(f"cannot write {path}: {error}") from error
     except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
             raise
-        raise InputError(f"cannot write {path}: torch.save could not finish, is the disk full?") from error
+        raise LocalError(f"cannot write {path}: torch.save could not finish, is the disk full?") from error
     finally:
         if temporary.is_file():
             temporary.unlink()

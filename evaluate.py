@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dit import InputError, check_config, load_checkpoint, run_command, say, write_atomically
+from dit import InputError, LocalError, check_config, load_checkpoint, run_command, say, write_atomically
 from sample_grid import add_sampling_args, load_vae, make_accelerator, sample_images, sampling_settings
 
 METRICS = ("fid", "sfid", "is", "pr", "kid", "dc")
@@ -54,11 +54,8 @@ def full_float32():
 # ------------------------------------------------------------------------------------------------ images
 
 
-class BrokenImage(InputError):
-    """An image that cannot be decoded, named in one line, also when it comes out of a DataLoader worker."""
-
-    def __init__(self, message):
-        super().__init__(message.strip().splitlines()[-1].removeprefix("evaluate.BrokenImage: "))
+class BrokenImage(LocalError):
+    """An image that cannot be decoded, named in one line."""
 
 
 def center_crop_arr(pil_image, image_size):

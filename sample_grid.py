@@ -315,11 +315,12 @@ def default_labels(model, per_class):
     return [i % classes for i in range(per_class * nrow)], nrow
 
 
-def class_grid(model, diffusion, vae, per_class, seed, device, **sampling):
+def class_grid(model, diffusion, vae, per_class, seed, accelerator, **sampling):
     """A training run's own picture (see default_labels), image i from seed + i: (images, nrow, captions)."""
     labels, nrow = default_labels(model, per_class)
     seeds = range(seed, seed + len(labels))
-    images = sample_images(model, diffusion, vae, torch.tensor(labels, device=device), seeds, **sampling)
+    y = torch.tensor(labels, device=accelerator.device)
+    images = sample_shared(model, diffusion, vae, y, seeds, accelerator, **sampling)[-1]
     return images, nrow, captions(labels, seeds, class_names(model))
 
 

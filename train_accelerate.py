@@ -48,7 +48,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 import dit
-from dit import InputError, build_dit, load_checkpoint, run_command, save_checkpoint, write_atomically
+from dit import InputError, LocalError, build_dit, load_checkpoint, run_command, save_checkpoint, write_atomically
 from evaluate import BrokenImage, add_data_args, evaluate_model, load_data, load_features, print_figures, reference_set
 from gaussian_diffusion import create_diffusion
 from sample_grid import Autoencoder, add_sampling_args, class_grid, make_accelerator, sampling_settings, save_grid
@@ -264,8 +264,6 @@ def read_batches(data, sampler, workers, **options):
     ))
     try:
         yield from batches
-    except InputError as error:  # from a worker it comes with the worker's traceback, which ends with the message
-        raise InputError(str(error).strip().splitlines()[-1].removeprefix("dit.InputError: ")) from error
     finally:
         if workers:
             batches._shutdown_workers()  # they ignore the signal by which Python would end them, and wait for them
@@ -294,7 +292,7 @@ class LatentCache(torch.utils.data.Dataset):
         moments, labels, checksums = open_shard(self.shards[shard], os.getpid())
         moments, label = moments[row, int(mirror)], int(labels[row])
         if zlib.crc32(moments.numpy(), label) != checksums[row, int(mirror)]:
-            raise InputError(f"{self.shards[shard]} is damaged: delete it, and the same command makes it anew")
+            raise LocalError(f"{self.shards[shard]} is damaged: delete it, and the same command makes it anew")
         return moments, label
 
 
@@ -662,8 +660,8 @@ class Previews:
 
     def draw(self, step):
         """samples/STEP.png, from the same noise at every step."""
-        seed, device = self.args.global_seed, self.accelerator.device
-        images, nrow, captions = class_grid(self.ema, self.diffusion, self.vae, 4, seed, device, **self.sampling)
+        drawn = self.ema, self.diffusion, self.vae, 4, self.args.global_seed, self.accelerator
+        images, nrow, captions = class_grid(*drawn, **self.sampling)
         on_main(self.accelerator, save_grid, images, self.run.folder / "samples" / f"{step:07d}.png", nrow, captions)
 
     def evaluate(self, step):

@@ -734,6 +734,19 @@ def test_a_bug_gives_its_traceback(script, name, flags, trained, data, tmp_path,
     assert error.traceback[-1].name == "bug"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_process_alone_may_meet_is_shown_by_any(rank, data, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", str(rank))
+
+    def fail(error):
+        raise error
+
+    for error, shown in ((InputError("all meet it"), rank == 0), (evaluate.BrokenImage("one meets it"), True)):
+        with pytest.raises(SystemExit):
+            run_command(fail, error)
+        assert (f"error: {error}\n" == capsys.readouterr().err) == shown
+
+
 # ------------------------------------------------------------------------------------------------ properties
 
 counts, widths, seeds = st.integers(7, 24), st.integers(1, 6), st.integers(0, 10**6)

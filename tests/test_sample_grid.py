@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 import sample_grid
@@ -225,12 +226,12 @@ def test_latents_are_decoded_by_the_vae(kl_folder):
 def test_class_grid_has_a_column_for_each_class():
     model, diffusion, vae = small_dit(), create_diffusion("2"), Autoencoder(channels=1)
     model.metadata = dict(class_names=NAMES)
-    images, nrow, text = class_grid(model, diffusion, vae, 2, 5, "cpu")
+    images, nrow, text = class_grid(model, diffusion, vae, 2, 5, Accelerator(cpu=True))
     assert images.shape == (8, 3, 8, 8) and nrow == 4
     assert text[:2] == ["tench, seed 5", "golden retriever, seed 6"] and text[4] == "tench, seed 9"
     alone = sample_images(model, diffusion, vae, torch.tensor([1]), [10])
     assert (images[5].int() - alone[0].int()).abs().max() <= 1
-    images, nrow, text = class_grid(small_dit(num_classes=1), diffusion, vae, 3, 0, "cpu")
+    images, nrow, text = class_grid(small_dit(num_classes=1), diffusion, vae, 3, 0, Accelerator(cpu=True))
     assert len(images) == 9 and nrow == 3 and text[:2] == ["seed 0", "seed 1"]  # unconditional: a square, no class
 
 
@@ -283,7 +284,8 @@ def test_labels_nrow_and_captions(ckpt, tmp_path):
 
 def test_default_grid_has_columns_of_classes(ckpt, tmp_path):
     drawn = cells(draw(ckpt, tmp_path, "--no-captions"), 4, 4)
-    expected = class_grid(small_dit(), create_diffusion("3"), Autoencoder(channels=1), 4, 0, "cpu", cfg_scale=4.0)[0]
+    drawer = small_dit(), create_diffusion("3"), Autoencoder(channels=1), 4, 0, Accelerator(cpu=True)
+    expected = class_grid(*drawer, cfg_scale=4.0)[0]
     assert np.array_equal(drawn, expected.permute(0, 2, 3, 1).numpy())
 
 
