@@ -38,14 +38,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint.state_dict as whole_state
 from accelerate import InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
 
 import dit
 from dit import InputError, LocalError, build_dit, load_checkpoint, run_command, save_checkpoint, write_atomically
@@ -83,7 +81,6 @@ PEAK_FLOPS = {  # a device's dense float16 and bfloat16 peak, by how its name be
     "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
-WHOLE = whole_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process, sharded or not
 
 # ------------------------------------------------------------------------------------------------ randomness
 
@@ -400,6 +397,16 @@ def latent_cache(args, data, vae, accelerator):
 # ------------------------------------------------------------------------------------------------ the run's folder
 
 
+def whole_states():
+    """torch's functions for the state of a model and its optimiser, and the option that makes it whole.
+
+    The main process has all of it then, also where FSDP has spread it over the processes.
+    """
+    from torch.distributed.checkpoint import state_dict  # slow to import, and --help needs none of it
+
+    return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
 class Run:
     """A run's folder: settings, log and checkpoints, all written by the main process; entering it locks it."""
 
@@ -501,8 +508,9 @@ class Run:
             folder = self.folder / "checkpoints" / name
             state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
             step, least = state["step"], state["lines"]
-            whole_state.set_model_state_dict(model, load_file(folder / "model.safetensors"), options=WHOLE)
-            whole_state.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
+            states, options = whole_states()
+            states.set_model_state_dict(model, load_file(folder / "model.safetensors"), options=options)
+            states.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
             ema.load_state_dict(load_file(folder / "ema.safetensors"))
             window.load(state["window"], state["skipped"])
             if self.accelerator.scaler is not None:
@@ -535,8 +543,9 @@ class Run:
 
     def save(self, step):
         """Save the full state as checkpoints/STEP, whole or not at all, and keep the last --keep-checkpoints."""
-        weights = whole_state.get_model_state_dict(self.model, options=WHOLE)
-        optimizer = whole_state.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
+        states, options = whole_states()
+        weights = states.get_model_state_dict(self.model, options=options)
+        optimizer = states.get_optimizer_state_dict(self.model, self.optimizer, options=options)
         scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
         state = dict(optimizer=optimizer, step=step, seed=self.args.global_seed, scaler=scaler, lines=len(self.lines),
                      **self.window.state())
@@ -730,7 +739,7 @@ def update_weights(accelerator, optimizer, lr, good):
 
 def whole(tensor):
     """The tensor itself, or all of what FSDP has spread over the processes."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()
