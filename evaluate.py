@@ -72,19 +72,24 @@ def center_crop_arr(pil_image, image_size):
     return array[top : top + image_size, left : left + image_size]
 
 
-def decode_image(item, name):
+def decode_image(image, name):
     """A PIL RGB image of {"path", "bytes"} (bytes may be None) or a PIL image, upright. BrokenImage(name) if it cannot.
 
     16 bits are scaled to 8; transparency is dropped as PIL's convert("RGB") does, which all evaluators use.
     """
     try:
-        if isinstance(item, dict):
+        if isinstance(image, dict):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such an image is refused below
-                item = Image.open(item["path"] if item["bytes"] is None else io.BytesIO(item["bytes"]))
-        if item.width * item.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f"{item.width} x {item.height} pixels are more than an honest photo has")
-        image = ImageOps.exif_transpose(item)
+                image = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+        else:
+            image = image.copy()
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"{image.width} x {image.height} pixels are more than an honest photo has")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "RGB":
+            return image
         if image.mode == "F":
             raise ValueError("its pixels are floating-point numbers of unknown range")
         if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") would clip

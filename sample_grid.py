@@ -168,22 +168,20 @@ def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler="ddpm"
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         return noise.pin_memory().to(y.device, non_blocking=True) if y.is_cuda else noise.to(y.device)
 
-    def network(x, t, **kwargs):
-        with torch.autocast(y.device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            return model.forward_with_cfg(x, t, **kwargs)
-
     def model_kwargs(i):
         return dict(y=y, cfg_scale=cfg_scale if low <= diffusion.sigmas[i] <= high else 1.0, cfg_channels=cfg_channels)
 
+    network = model.forward_with_cfg
     kwargs = dict(model_kwargs=model_kwargs, clip_denoised=vae.vae is None, on_step=on_step)
-    if sampler == "ddpm":
-        latents = diffusion.p_sample_loop(network, step_noise(), step_noise=step_noise, **kwargs)
-    elif sampler == "ddim":
-        latents = diffusion.ddim_sample_loop(network, step_noise(), step_noise=step_noise, eta=eta, **kwargs)
-    elif sampler == "dpm++":
-        latents = diffusion.dpm_solver_sample_loop(network, step_noise(), **kwargs)
-    else:
-        raise InputError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
+    with torch.autocast(y.device.type, torch.bfloat16, enabled=dtype == "bf16"):  # around all steps: weights cast once
+        if sampler == "ddpm":
+            latents = diffusion.p_sample_loop(network, step_noise(), step_noise=step_noise, **kwargs)
+        elif sampler == "ddim":
+            latents = diffusion.ddim_sample_loop(network, step_noise(), step_noise=step_noise, eta=eta, **kwargs)
+        elif sampler == "dpm++":
+            latents = diffusion.dpm_solver_sample_loop(network, step_noise(), **kwargs)
+        else:
+            raise InputError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
     return vae.decode(latents)
 
 

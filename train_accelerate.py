@@ -719,7 +719,7 @@ def build_network(args, vae, init):
         table = "y_embedder.embedding_table.weight"
         given["pos_embed"] = own["pos_embed"]
         if len(given[table]) != len(own[table]):
-            print(f"--init: the label table is new, {len(own[table])} rows in place of {len(given[table])}")
+            dit.say(f"--init: the label table is new, {len(own[table])} rows in place of {len(given[table])}")
             given[table] = own[table]
         if wrong := [name for name in own if name not in given or given[name].shape != own[name].shape]:
             raise InputError(f"--init {init} does not fit {args.model} here: {', '.join(wrong[:3])} have other shapes")

@@ -171,6 +171,7 @@ def scenario_cache(work, kills, rng):
                   down_block_types=["DownEncoderBlock2D"] * 2,
                   up_block_types=["UpDecoderBlock2D"] * 2).save_pretrained(work / "vae")
     data = pictures(work / "data", count=600, size=32)
+    train_accelerate.LatentCache.SHARD = 50  # twelve shards
 
     def argv(folder):
         return [*SMALL, "--data-path", data, "--image-size", "32", "--vae", str(work / "vae"), "--max-steps", "1",

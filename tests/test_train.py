@@ -478,7 +478,7 @@ def test_init_takes_the_weights_and_makes_a_new_label_table(tmp_path, capfd):
     torch.nn.init.normal_(given.blocks[1].adaLN_modulation[-1].weight)
     save_checkpoint(tmp_path / "given.safetensors", given)
     run = train(tmp_path, "--init", tmp_path / "given.safetensors", "--lr", 0, "--max-steps", 2)
-    assert "label table is new, 11 rows in place of 5" in capfd.readouterr().out
+    assert "label table is new, 11 rows in place of 5" in capfd.readouterr().err
     weights = load_file(run / "checkpoints" / "0000002" / "ema.safetensors")
     assert torch.equal(weights["blocks.1.adaLN_modulation.1.weight"], given.blocks[1].adaLN_modulation[-1].weight)
     assert weights["pos_embed"].shape == (1, 16, 96) and weights["y_embedder.embedding_table.weight"].shape == (11, 96)
