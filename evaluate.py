@@ -476,21 +476,23 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """FID: |mu1 - mu2|^2 + tr(s1 + s2 - 2 (s1 s2)^(1/2)) (Heusel et al., 2017, equation 6), in float64, at least 0.
 
     With s1 = F F^T and s2 = G G^T the root's trace is the sum of the singular values of F^T G, also for singular
-    covariances, where an iterated matrix square root fails. They come from the eigenvalues of (F^T G)^T F^T G where
-    these are large enough to be accurate, else from an SVD. Raises InputError when the widths differ.
+    covariances, where an iterated matrix square root fails. They are the roots of the eigenvalues of F^T s2 F, F being
+    the narrower factor, where these are large enough to be accurate, else they come from an SVD. Raises InputError when
+    the widths differ.
     """
     stats = [x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for x in (mu1, sigma1, mu2, sigma2)]
     mu1, sigma1, mu2, sigma2 = (x.double() for x in stats)
     if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[1:]:
         raise InputError(f"statistics of different widths: {', '.join(str(tuple(x.shape)) for x in stats)}")
-    product = _factor(sigma1).T @ _factor(sigma2)
-    traces = sigma1.trace() + sigma2.trace()
-    values = torch.linalg.eigvalsh(product.T @ product)
+    factor, other, traces = _factor(sigma1), sigma2, sigma1.trace() + sigma2.trace()
+    if factor.shape[1] == len(factor):
+        factor, other = _factor(sigma2), sigma1
+    values = torch.linalg.eigvalsh(factor.T @ other @ factor)
     error = len(values) ** 0.5 * torch.finfo(torch.float64).eps * values[-1]  # of each eigenvalue
     if (error / 2 / values.clamp(min=error).sqrt()).sum() < 1e-9 * traces:
-        root = values.sqrt().sum()
+        root = values.clamp(min=0).sqrt().sum()
     else:
-        root = torch.linalg.svdvals(product).sum()
+        root = torch.linalg.svdvals(factor.T @ _factor(other)).sum()
     return max(0.0, float((mu1 - mu2).square().sum() + traces - 2 * root))
 
 

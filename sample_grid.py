@@ -82,7 +82,9 @@ class Autoencoder:
         if name in (None, "none"):
             return cls(channels=channels)
         import diffusers
+        import huggingface_hub
 
+        huggingface_hub.logging.set_verbosity_error()  # not a line for each attempt to reach the hub
         source = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else str(name)
         warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")  # between diffusers 0.42 and huggingface_hub
         try:
