@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import os
+import pathlib
 import shutil
 import warnings
 import zipfile
@@ -195,9 +196,12 @@ class FullDisk:
 
         for module in (io, builtins):
             self.patch.setattr(module, "open", open_file)
-        for name, function in dict(open=open_descriptor, fsync=sync, replace=renaming(os.replace),
-                                   mkdir=making(os.mkdir)).items():
+        mkdir, rename = making(os.mkdir), renaming(os.replace)
+        for name, function in dict(open=open_descriptor, fsync=sync, replace=rename, mkdir=mkdir).items():
             self.patch.setattr(os, name, function)
+        if accessor := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10: paths keep these functions themselves
+            for name, function in dict(open=open_file, replace=rename, mkdir=mkdir).items():
+                self.patch.setattr(accessor, name, staticmethod(function))
         rust = SafetensorError(f"Error while serializing: I/O error: {NO_SPACE} (os error 28)")
         for script in (dit, train_accelerate):
             self.patch.setattr(script, "save_file", saving(script.save_file, rust))
