@@ -55,6 +55,21 @@ def test_every_flag_says_its_default(helps):
             assert "default" in flat or "required" in flat or flat.startswith("-h"), f"{script}: {flat}"
 
 
+def test_line_counts_are_those_of_the_files():
+    counts = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE))
+    assert len(counts) == 5
+    assert counts == {name: str(len((ROOT / name).read_text().splitlines())) for name in counts}
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    command = [sys.executable, ROOT / "tests" / "benchmark.py", "--quick"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for title in ("training step", "digits, 4 steps", "guided DDPM steps", "Frechet", "precision and", "starting"):
+        assert title in result.stdout, title
+
+
 @pytest.mark.slow
 def test_the_tested_commands_run(tmp_path):
     """Each command of the tested blocks in the README's order, in one folder, with tiny sizes."""
