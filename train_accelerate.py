@@ -825,6 +825,9 @@ def fill_preset(args):
         for name in names:
             if getattr(args, name) is not None and getattr(args, name) < low:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {low} or more")
+    for name in ("class_dropout_prob", "ema_decay"):
+        if getattr(args, name) > 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or less")
     if args.latent_cache and args.vae == "none":
         raise InputError("--latent-cache does nothing with --vae none: pixels need no encoding")
     if args.tracker not in ("none", *map(str, get_available_trackers())):

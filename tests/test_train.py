@@ -446,6 +446,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path, mon
     (["--global-batch-size", 9, "--gradient-accumulation-steps", 2], "divide by processes x accumulation steps = 2"),
     (["--latent-cache", "cache"], "--latent-cache does nothing with --vae none"),
     (["--log-every", 0], "--log-every 0 must be 1 or more"),
+    (["--ema-decay", 2], "--ema-decay 2.0 must be 1 or less"),
     (["--model", "DiT-Q/2"], "DiT-Q/2"),
     (["--init", "nowhere"], "nowhere"),
     (["--tracker", "wandb"], "pip install wandb"),
