@@ -8,12 +8,12 @@ import pickle
 import resource
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden import formula
 from safetensors.torch import load_file, save_file
 
 import dit
@@ -23,18 +23,6 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = np.load(Path(__file__).parent / "data" / "golden" / "models.npz")  # made with the official code, float32
 CASES = json.loads(str(GOLDEN["cases"]))
 TINY = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=96, depth=2, num_heads=3, num_classes=10)
-
-
-def formula(name, shape, seed):
-    """The golden weights and inputs: a hash of (seed, name, index), uniform with mean 0 and variance 1."""
-    mask = np.uint64(0xFFFFFFFF)
-    h = np.arange(math.prod(shape), dtype=np.uint64) * np.uint64(0x9E3779B1)
-    h = (h + np.uint64(zlib.crc32(f"{seed}:{name}".encode()))) & mask
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        h ^= h >> np.uint64(shift)
-        h = h * np.uint64(factor) & mask
-    u = ((h >> np.uint64(8)).astype(np.float64) + 0.5) / 2**24
-    return torch.from_numpy(((u - 0.5) * 3.4641016151377544).astype(np.float32).reshape(shape))
 
 
 def fill(model, seed, small=False):

@@ -2,12 +2,12 @@
 
 import json
 import math
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden import formula
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,20 +23,8 @@ GOLDEN = np.load(Path(__file__).parent / "data" / "golden" / "diffusion.npz")  #
 CASES = json.loads(str(GOLDEN["cases"]))
 
 
-def formula(name, shape):
-    """The golden inputs: a hash of (seed, name, index), uniform with mean 0 and variance 1, the same everywhere."""
-    mask = np.uint64(0xFFFFFFFF)
-    h = np.arange(math.prod(shape), dtype=np.uint64) * np.uint64(0x9E3779B1)
-    h = (h + np.uint64(zlib.crc32(f"{CASES['seed']}:{name}".encode()))) & mask
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        h ^= h >> np.uint64(shift)
-        h = h * np.uint64(factor) & mask
-    u = ((h >> np.uint64(8)).astype(np.float64) + 0.5) / 2**24
-    return torch.from_numpy(((u - 0.5) * 3.4641016151377544).astype(np.float32).reshape(shape))
-
-
 def golden_input(name, n):
-    return formula(name, (n, *CASES["shape"]))
+    return formula(name, (n, *CASES["shape"]), CASES["seed"])
 
 
 def toy(learn_sigma, denoiser=False):
