@@ -277,6 +277,15 @@ def test_previews_leave_training_as_it_is_and_the_best_is_kept(tmp_path, whole_r
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["0000004", "0000006"]
 
 
+def test_two_processes_draw_the_grid_of_one(tmp_path):
+    flags = "--sample-every", 3, "--max-steps", 3
+    train(tmp_path / "one", *flags)
+    assert wait(*fork_two(lambda: train(tmp_path / "two", *flags))) == [0, 0]
+    paths = (tmp_path / name / "run" / "samples" / "0000003.png" for name in ("one", "two"))
+    one, two = (np.asarray(Image.open(path)).astype(int) for path in paths)
+    assert one.shape == two.shape and np.abs(one - two).max() <= 2 and one.std() > 20
+
+
 def test_bfloat16_keeps_weights_in_float32_and_losses_near(tmp_path, whole_run):
     run = train(tmp_path, "--mixed-precision", "bf16", "--gradient-checkpointing")
     reset_accelerate()
