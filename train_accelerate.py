@@ -880,7 +880,7 @@ def print_end(args, run, accelerator):
         print(f"best {name} {best[name]:.4f} at step {best['step']}: {run.folder}/best.safetensors")
     accelerator.print(
         f"run: {run.folder}\nsample: python sample_grid.py --ckpt {run.folder}\n"
-        f"evaluate: accelerate launch evaluate.py --ckpt {run.folder} --ref {args.data_path}"
+        f"evaluate: accelerate launch evaluate.py --ckpt {run.folder} --ref {args.data_path} --features {args.features}"
     )
 
 
