@@ -32,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dit import InputError, LocalError, check_config, load_checkpoint, run_command, say, write_atomically
-from sample_grid import add_sampling_args, load_vae, make_accelerator, sample_images, sampling_settings
+from sample_grid import add_sampling_args, load_vae, make_accelerator, quiet_hub, sample_images, sampling_settings
 
 METRICS = ("fid", "sfid", "is", "pr", "kid", "dc")
 IMAGE_FILES = (".bmp", ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -163,9 +163,8 @@ def load_data(path, image_size=None, image_column=None, label_column=None, split
     if not Path(path).is_dir() and str(path).count("/") != 1:
         raise InputError(f"unknown data {path!r}: give digits, an existing folder, or a hub id such as owner/name")
     import datasets
-    import huggingface_hub
 
-    huggingface_hub.logging.set_verbosity_error()  # not a line for each attempt to reach the hub
+    quiet_hub()
     try:
         if Path(path).is_dir() and any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             data = datasets.load_from_disk(path)
@@ -476,16 +475,16 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """FID: |mu1 - mu2|^2 + tr(s1 + s2 - 2 (s1 s2)^(1/2)) (Heusel et al., 2017, equation 6), in float64, at least 0.
 
     With s1 = F F^T and s2 = G G^T the root's trace is the sum of the singular values of F^T G, also for singular
-    covariances, where an iterated matrix square root fails. They are the roots of the eigenvalues of F^T s2 F, F being
-    the narrower factor, where these are large enough to be accurate, else they come from an SVD. Raises InputError when
-    the widths differ.
+    covariances, where an iterated matrix square root fails. They are the roots of the eigenvalues of F^T s2 F where
+    these are large enough to be accurate (F is a singular one's, if any, so that zeros fall out), else they are an
+    SVD's. Raises InputError when the widths differ.
     """
     stats = [x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for x in (mu1, sigma1, mu2, sigma2)]
     mu1, sigma1, mu2, sigma2 = (x.double() for x in stats)
     if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[1:]:
         raise InputError(f"statistics of different widths: {', '.join(str(tuple(x.shape)) for x in stats)}")
     factor, other, traces = _factor(sigma1), sigma2, sigma1.trace() + sigma2.trace()
-    if factor.shape[1] == len(factor):
+    if factor.shape[1] == len(factor):  # of full rank: the other may be singular
         factor, other = _factor(sigma2), sigma1
     values = torch.linalg.eigvalsh(factor.T @ other @ factor)
     error = len(values) ** 0.5 * torch.finfo(torch.float64).eps * values[-1]  # of each eigenvalue

@@ -54,6 +54,13 @@ def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
     return accelerator
 
 
+def quiet_hub():
+    """From now on the hub's client writes no line for each attempt to reach it: an error says it once."""
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()
+
+
 # ------------------------------------------------------------------------------------------ the VAE
 
 
@@ -82,9 +89,8 @@ class Autoencoder:
         if name in (None, "none"):
             return cls(channels=channels)
         import diffusers
-        import huggingface_hub
 
-        huggingface_hub.logging.set_verbosity_error()  # not a line for each attempt to reach the hub
+        quiet_hub()
         source = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else str(name)
         warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")  # between diffusers 0.42 and huggingface_hub
         try:

@@ -71,11 +71,12 @@ FREE = {
     "max_broken", "allow_changes", "sampling", "sampler", "num_sampling_steps", "eta", "cfg_scale", "cfg_channels",
     "guidance_interval", "dtype",
 }
-AT_LEAST = {  # the smallest value that makes sense
-    1: ("image_size", "num_classes", "global_batch_size", "epochs", "max_steps", "gradient_accumulation_steps",
-        "log_every", "ckpt_every", "keep_checkpoints"),
-    0: ("class_dropout_prob", "lr", "warmup_steps", "grad_clip", "ema_decay", "num_workers", "sample_every",
-        "eval_every", "eval_samples", "skip_nonfinite", "max_broken"),
+BOUNDS = {  # the smallest and the largest value that make sense
+    (1, math.inf): ("image_size", "num_classes", "global_batch_size", "epochs", "max_steps",
+                    "gradient_accumulation_steps", "log_every", "ckpt_every", "keep_checkpoints"),
+    (0, math.inf): ("lr", "warmup_steps", "grad_clip", "num_workers", "sample_every", "eval_every", "eval_samples",
+                    "skip_nonfinite", "max_broken"),
+    (0, 1): ("class_dropout_prob", "ema_decay"),
 }
 PEAK_FLOPS = {  # a device's dense float16 and bfloat16 peak, by how its name begins; TF32 has half of it
     "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
@@ -669,8 +670,8 @@ class Previews:
 
     def draw(self, step):
         """samples/STEP.png, from the same noise at every step."""
-        drawn = self.ema, self.diffusion, self.vae, 4, self.args.global_seed, self.accelerator
-        images, nrow, captions = class_grid(*drawn, **self.sampling)
+        images, nrow, captions = class_grid(
+            self.ema, self.diffusion, self.vae, 4, self.args.global_seed, self.accelerator, **self.sampling)
         on_main(self.accelerator, save_grid, images, self.run.folder / "samples" / f"{step:07d}.png", nrow, captions)
 
     def evaluate(self, step):
@@ -821,13 +822,12 @@ def fill_preset(args):
             setattr(args, name, value)
     if not args.eval_samples:
         args.eval_every = 0
-    for low, names in AT_LEAST.items():
+    for (low, high), names in BOUNDS.items():
         for name in names:
-            if getattr(args, name) is not None and getattr(args, name) < low:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {low} or more")
-    for name in ("class_dropout_prob", "ema_decay"):
-        if getattr(args, name) > 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or less")
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                bound = f"{low} or more" if value < low else f"{high} or less"
+                raise InputError(f"--{name.replace('_', '-')} {value} must be {bound}")
     if args.latent_cache and args.vae == "none":
         raise InputError("--latent-cache does nothing with --vae none: pixels need no encoding")
     if args.tracker not in ("none", *map(str, get_available_trackers())):

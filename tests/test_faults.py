@@ -739,7 +739,7 @@ def test_a_bug_gives_its_traceback(script, name, flags, trained, data, tmp_path,
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_one_process_alone_may_meet_is_shown_by_any(rank, data, monkeypatch, capsys):
+def test_what_one_process_alone_may_meet_is_shown_by_any(rank, monkeypatch, capsys):
     monkeypatch.setenv("RANK", str(rank))
 
     def fail(error):
