@@ -24,7 +24,6 @@ import os
 import re
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
@@ -44,40 +43,6 @@ PAPER_GFLOPS = {  # table 4 of the paper at 256 px, and section 5.1 at 512 px: m
     ("DiT-L/4", 32): 19.70, ("DiT-L/8", 32): 5.01, ("DiT-B/2", 32): 23.01, ("DiT-B/4", 32): 5.56, ("DiT-B/8", 32): 1.42,
     ("DiT-S/2", 32): 6.06, ("DiT-S/4", 32): 1.41, ("DiT-S/8", 32): 0.36, ("DiT-XL/2", 64): 524.60,
 }
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used. The command lines show its text as one line and exit with status 2."""
-
-
-class LocalError(InputError):
-    """An InputError about a file that one process alone may have met, in its share: it is shown whatever its rank.
-
-    Out of a DataLoader's worker the message comes below the worker's traceback, which is left out.
-    """
-
-    def __init__(self, message):
-        super().__init__(re.sub(rf"(?s)^Caught .*\n([\w.]+\.)?{type(self).__name__}: ", "", str(message).strip()))
-
-
-def say(text, everywhere=False):
-    """One line on stderr, from rank 0 alone, or from every process that has something to say."""
-    if everywhere or int(os.environ.get("RANK", 0)) == 0:
-        print(" ".join(text.split()), file=sys.stderr)
-
-
-def run_command(main, args=None):
-    """Run `main(args)` as a command line: an InputError becomes one line on stderr and exit status 2.
-
-    Ctrl-C gives status 130. Any other exception is a bug and keeps its traceback.
-    """
-    try:
-        main(args)
-    except InputError as error:
-        say(f"error: {error}", everywhere=isinstance(error, LocalError))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 # ------------------------------------------------------------------------------------------------ the network
@@ -362,52 +327,6 @@ FLAGS = dict(input_size="--image-size", in_channels="--vae", num_classes="--num-
              class_dropout_prob="--class-dropout-prob")  # which flag sets an entry of the config; every other: --model
 
 
-def sync_folder(folder):
-    """Have the names in a folder reach the disk, as after a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path, write):
-    """Call write(temporary_path), flush to the disk, then rename it to path: the file appears whole or not at all.
-
-    Raises LocalError naming path and reason when the system refuses (full disk, no permission).
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        os.chmod(temporary, mode)  # safetensors leaves a file that only its owner can read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise LocalError(f"cannot write {path}: {error}") from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
-            raise
-        raise LocalError(f"cannot write {path}: torch.save could not finish, is the disk full?") from error
-    finally:
-        if temporary.is_file():
-            temporary.unlink()
-
-
-def _checksum(header, state_dict):
-    """CRC-32 of config, metadata and all tensors in the order of their names: tells damaged files from whole ones."""
-    crc = zlib.crc32(f"{header.get('config')}{header.get('metadata')}".encode())
-    for name, tensor in sorted(state_dict.items()):
-        crc = zlib.crc32(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), crc)
-    return f"{crc:08x}"
-
-
 def save_checkpoint(path, model, **metadata):
     """Write a model's weights, float32 as they are, to a .safetensors file that also carries its config and metadata.
 
@@ -416,7 +335,7 @@ def save_checkpoint(path, model, **metadata):
     """
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     header = dict(config=json.dumps(model.config), metadata=json.dumps(metadata))
-    header["crc32"] = _checksum(header, state_dict)
+    header["fingerprint"] = fingerprint(header, state_dict)
     write_atomically(path, lambda temporary: save_file(state_dict, temporary, metadata=header))
 
 
@@ -443,7 +362,7 @@ def load_checkpoint(path_or_name, device="cpu"):
         except InputError as error:
             if candidate is candidates[-1]:
                 raise
-            say(f"warning: {error}; taking the checkpoint before it")
+            log_stderr(f"warning: {error}; taking the checkpoint before it")
     with torch.device("meta"):  # no memory, no initialisation: the tensors that were read become the weights
         model = DiT(**config)
     load_weights(model, state_dict, candidate)
@@ -498,10 +417,11 @@ def _read(path):
     if path.suffix != ".safetensors":
         return _read_official(path)
     header, state_dict = _read_safetensors(path)
-    if "crc32" not in header:
+    if "config" not in header:
         raise InputError(f"{path} was not written by save_checkpoint: it has no config; of diffusers give the folder")
-    if header["crc32"] != _checksum(header, state_dict):
-        raise InputError(f"{path} is damaged: its checksum does not match its contents")
+    stored = header.pop("fingerprint", None)  # files of the first release have another checksum: not compared
+    if stored is not None and stored != fingerprint(header, state_dict):
+        raise InputError(f"{path} is damaged: its fingerprint does not match its contents")
     return json.loads(header["config"]), state_dict, json.loads(header["metadata"])
 
 
@@ -642,7 +562,7 @@ def _download(name):
     """The folder of a name's weights in the hub's cache, downloaded if they are not there; InputError if it cannot."""
     from huggingface_hub import snapshot_download
 
-    say(f"{name}: Meta's weights, huggingface.co/{HUB[name]}, licence CC BY-NC 4.0: not for commercial use")
+    log_stderr(f"{name}: Meta's weights, huggingface.co/{HUB[name]}, licence CC BY-NC 4.0: not for commercial use")
     try:
         snapshot = snapshot_download(HUB[name], allow_patterns=["transformer/*.json", "transformer/*.safetensors"])
         folder = Path(snapshot) / "transformer"
@@ -652,11 +572,7 @@ def _download(name):
         raise InputError(f"cannot download {name} from huggingface.co ({type(error).__name__}): is there a network? "
                          "Else give --ckpt its file or folder") from error
     for weights in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
-        digest = hashlib.sha256()
-        with open(weights, "rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-        if digest.hexdigest() != weights.resolve().name:  # by which the hub's cache names a large file
+        if fingerprint(weights) != weights.resolve().name:  # the hub's cache names large files by SHA-256
             raise InputError(f"{weights} is damaged: delete {weights.resolve()} and run again")
     return folder
 
@@ -691,7 +607,7 @@ def convert(source, destination):
         tensors = _to_diffusers(state_dict, config["depth"])
         write_atomically(target / "diffusion_pytorch_model.safetensors",
                          lambda temporary: save_file(tensors, temporary, metadata=dict(format="pt")))
-        write_atomically(target / "config.json", lambda temporary: temporary.write_text(json.dumps(theirs, indent=2)))
+        write_json(target / "config.json", theirs)
     print(f"wrote {target}")
 
 
@@ -708,6 +624,125 @@ def parse_args(argv=None):
     command.add_argument("source", help="a run's folder, .safetensors, official .pt, diffusers folder or known name")
     command.add_argument("destination", help="NAME.safetensors (ours), NAME.pt (official) or a folder (diffusers)")
     return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------- machinery: skip it on a first reading
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. Command lines print it as one line and exit with 2."""
+
+
+class RankLocalError(InputError):
+    """An InputError that only one rank may hit (say, a broken image in its share), so every rank prints it."""
+
+    def __init__(self, message):
+        # A DataLoader's worker puts its traceback above the message: only the message is for the user.
+        worker_traceback = rf"(?s)^Caught .*\n([\w.]+\.)?{type(self).__name__}: "
+        super().__init__(re.sub(worker_traceback, "", str(message).strip()))
+
+
+def log_stderr(text, everywhere=False):
+    """Print one line on stderr, on rank 0 or, if only this rank may know, everywhere."""
+    if everywhere or int(os.environ.get("RANK", 0)) == 0:
+        print(" ".join(text.split()), file=sys.stderr)
+
+
+def run_command(main, args=None):
+    """Run `main(args)` as a command line: an InputError becomes one line on stderr and exit status 2.
+
+    Ctrl-C gives status 130. Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        main(args)
+    except InputError as error:
+        log_stderr(f"error: {error}", everywhere=isinstance(error, RankLocalError))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fingerprint(*parts):
+    """SHA-256 in hex of what the parts hold: the identity of data, weights, settings and files alike.
+
+    A Path stands for its file's bytes, a tensor for its type, shape and values, a dict for its sorted
+    items, bytes for themselves; anything else for its repr. One file alone gives the usual SHA-256.
+    """
+    digest = hashlib.sha256()
+
+    def add(part):
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+        elif torch.is_tensor(part):
+            values = part.detach().cpu().contiguous()
+            digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
+            digest.update(values.flatten().view(torch.uint8).numpy())
+        elif isinstance(part, dict):
+            for name in sorted(part):
+                digest.update(str(name).encode())
+                add(part[name])
+        elif isinstance(part, bytes):
+            digest.update(part)
+        else:
+            digest.update(repr(part).encode())
+
+    for part in parts:
+        add(part)
+    return digest.hexdigest()
+
+
+def sync_folder(folder):
+    """Have the names in a folder reach the disk, as after a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path, write):
+    """Call write(temporary_path), flush to disk, rename to path: the file appears whole or not at all.
+
+    Raises RankLocalError naming path and reason when the system refuses (full disk, no permission).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        os.chmod(temporary, mode)  # safetensors leaves a file that only its owner can read
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise RankLocalError(f"cannot write {path}: {error}") from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        reason = "torch.save could not finish, is the disk full?"
+        raise RankLocalError(f"cannot write {path}: {reason}") from error
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
+
+
+def write_json(path, value):
+    """Write a JSON file whole or not at all."""
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path, mend="delete it, and the same command makes it anew"):
+    """The value in a JSON file; InputError, saying how to mend it, if it is damaged or not there."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}): {mend}") from error
 
 
 if __name__ == "__main__":

@@ -28,11 +28,24 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from dit import InputError, LocalError, check_config, load_checkpoint, run_command, say, write_atomically
-from sample_grid import add_sampling_args, load_vae, make_accelerator, quiet_hub, sample_images, sampling_settings
+from dit import (
+    InputError,
+    RankLocalError,
+    log_stderr,
+    run_command,
+    write_atomically,
+)
+from sample_grid import (
+    ProgressBar,
+    add_sampling_args,
+    load_model,
+    make_accelerator,
+    quiet_hub,
+    sample_images,
+    sampling_settings,
+)
 
 METRICS = ("fid", "sfid", "is", "pr", "kid", "dc")
 IMAGE_FILES = (".bmp", ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -54,7 +67,7 @@ def full_float32():
 # ------------------------------------------------------------------------------------------------ images
 
 
-class BrokenImage(LocalError):
+class BrokenImage(RankLocalError):
     """An image that cannot be decoded, named in one line."""
 
 
@@ -338,7 +351,7 @@ class Inception:
 
         path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dit" / Path(inception_url).name
         if not path.is_file():
-            say(f"downloading {inception_url} to {path}")
+            log_stderr(f"downloading {inception_url} to {path}")
             try:
                 with urllib.request.urlopen(inception_url, timeout=60) as response:
                     content = response.read()
@@ -346,7 +359,7 @@ class Inception:
                 raise InputError(f"cannot download {inception_url}: {error}; put the file at {path}, or use --features "
                                  "efficientnet-lite0, which needs no network") from error
             write_atomically(path, lambda temporary: temporary.write_bytes(content))
-            say(f"sha256 {hashlib.sha256(content).hexdigest()}")
+            log_stderr(f"sha256 {hashlib.sha256(content).hexdigest()}")
         return path
 
     @torch.no_grad()
@@ -894,8 +907,15 @@ def save_images(path, shape, batches, batch_size, accelerator, consume, arrays):
 
 
 def _progress(batches, count, text, accelerator, batch_size, wanted):
-    total = math.ceil(math.ceil(count / accelerator.num_processes) / batch_size)
-    return track(batches, text, total, disable=not (wanted and accelerator.is_main_process))
+    """The batches, with a bar of the images that this process has seen."""
+    share = math.ceil(count / accelerator.num_processes)
+    if not wanted:
+        yield from batches
+        return
+    with ProgressBar(accelerator, text, share) as progress:
+        for batch in batches:
+            yield batch
+            progress.advance(len(batch))
 
 
 def _stored_statistics(path, network, metrics):
@@ -1213,17 +1233,6 @@ def open_images(path, args, size=None):
     return load_data(path, size, args.image_column, args.label_column, args.split)
 
 
-def open_model(args, ckpt, accelerator):
-    """The model, its VAE and the size of its images. InputError when they are not what the flags say."""
-    model = load_checkpoint(ckpt, accelerator.device)
-    vae = load_vae(model, args.vae, "mse", accelerator.device)
-    check_config(model, ckpt, args.model, num_classes=args.num_classes)
-    size = model.input_size * vae.factor
-    if args.image_size not in (None, size):
-        raise InputError(f"{ckpt} makes images of {size} px, not {args.image_size}: check --image-size and --vae")
-    return model, vae, size
-
-
 def main(args):
     args.features = args.features or ("efficientnet-lite0" if args.ref == "digits" else "inception")
     check_args(args)
@@ -1239,7 +1248,7 @@ def main(args):
         samples = open_images(args.samples, args, args.image_size)
         size = size or (None if is_image_folder(args.ref) else min(image_size(samples)))
     elif ckpts:
-        model, vae, size = open_model(args, ckpts[0], accelerator)
+        model, vae, size = load_model(ckpts[0], args, accelerator.device)
         diffusion, sampling = sampling_settings(args, model, cfg_scale=1.0)
     source = args.ref if Path(args.ref).is_file() else open_images(args.ref, args, size)
     common |= dict(num_workers=args.num_workers)
@@ -1250,7 +1259,7 @@ def main(args):
     common.pop("num_workers")
     for ckpt in ckpts:
         if ckpt != ckpts[0]:
-            model, vae, _ = open_model(args, ckpt, accelerator)
+            model, vae, _ = load_model(ckpt, args, accelerator.device)
             diffusion, sampling = sampling_settings(args, model, cfg_scale=1.0)
         figures = evaluate_model(
             model, diffusion, vae, reference, network, args.num_fid_samples, accelerator, seed=args.seed,

@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -29,9 +30,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dit import InputError, check_config, load_checkpoint, run_command, say, write_atomically
+from dit import InputError, check_config, load_checkpoint, log_stderr, run_command, write_atomically
 from gaussian_diffusion import create_diffusion
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
@@ -52,6 +54,75 @@ def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
     if launched and accelerator.num_processes == 1 and accelerator.device.type == "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     return accelerator
+
+
+class Flag:
+    """One flag: the row of a table that the parser, its help and the checks are made of.
+
+    name: "--lr". help: what it does; "(default: ...)" is added from `shown`, else from `default`. default: its value
+    when it is not given; None means that the program decides, and `shown` says how. bounds: the smallest and the
+    largest value that make sense. options: of argparse. A default of True or False gives --name and --no-name.
+    """
+
+    def __init__(self, name, help, default=None, shown=None, bounds=(-math.inf, math.inf), **options):
+        self.name, self.default, self.bounds, self.options = name, default, bounds, options
+        self.dest = name[2:].replace("-", "_")
+        if isinstance(default, bool):
+            self.options = dict(action=argparse.BooleanOptionalAction) | options
+        shown = shown or {True: "on", False: "off"}.get(default, default)
+        self.help = f"{help} (default: {shown})"
+
+    def check(self, args):
+        """InputError when the value in args is out of bounds."""
+        value, (low, high) = getattr(args, self.dest), self.bounds
+        if value is not None and not low <= value <= high:
+            bound = f"{low} or more" if value < low else f"{high} or less"
+            raise InputError(f"{self.name} {value} must be {bound}")
+
+
+def add_flags(parser, title, flags):
+    """Give the parser a group of flags, each from its row."""
+    group = parser.add_argument_group(title)
+    for flag in flags:
+        group.add_argument(flag.name, default=flag.default, help=flag.help.replace("%", "%%"), **flag.options)
+
+
+class ProgressBar:
+    """How far something is, on rank 0: a bar with the time left, or without a terminal a line every 30 seconds.
+
+    Use it as a context manager and call `advance`; `note` is shown beside it.
+    """
+
+    def __init__(self, accelerator, text, total, done=0):
+        self.text, self.total, self.done, self.note = text, total, done, ""
+        self.began, self.first, self.said = time.monotonic(), done, time.monotonic()
+        self.visible, self.bar = accelerator.is_main_process, None
+
+    def __enter__(self):
+        console = Console()
+        if self.visible and console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(),
+                TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console,
+            )
+            self.bar.add_task(self.text, total=self.total, completed=self.done, note="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, count=1, note=None):
+        self.done += count
+        self.note = self.note if note is None else note
+        now = time.monotonic()
+        if self.bar:
+            self.bar.update(0, completed=self.done, note=self.note)
+        elif self.visible and now - self.said >= 30:
+            left = (now - self.began) / (self.done - self.first) * (self.total - self.done)
+            print(f"{self.text} {self.done}/{self.total}, {left / 60:.0f} min left  {self.note}", flush=True)
+            self.said = now
 
 
 def quiet_hub():
@@ -155,6 +226,20 @@ def load_vae(model, name=None, default="mse", device="cpu"):
     return vae
 
 
+def load_model(ckpt, args, device):
+    """The model of --ckpt, its Autoencoder, and the size of its images in pixels, as the flags describe them.
+
+    InputError, naming the flag, when --model, --num-classes, --vae or --image-size say something else.
+    """
+    model = load_checkpoint(ckpt, device)
+    check_config(model, ckpt, args.model, num_classes=args.num_classes)
+    vae = load_vae(model, args.vae, "mse", device)
+    size = model.input_size * vae.factor
+    if args.image_size not in (None, size):
+        raise InputError(f"{ckpt} makes images of {size} px, not {args.image_size}: check --image-size and --vae")
+    return model, vae, size
+
+
 # ------------------------------------------------------------------------------------------ sampling
 
 
@@ -215,22 +300,24 @@ def sample_shared(model, diffusion, vae, y, seeds, accelerator, batch_size=32, f
     return torch.from_numpy(np.stack([frames for _, frames in made], axis=1))
 
 
+SAMPLING_FLAGS = [
+    Flag("--sampler", "how to walk from noise to image", "ddpm", choices=SAMPLERS),
+    Flag("--num-sampling-steps", "steps of the sampler", shown="50 for digits, else 250", bounds=(1, 1000), type=int),
+    Flag("--eta", "noise of --sampler ddim: 0 none, 1 as much as DDPM", shown="0", bounds=(0, 1), type=float),
+    Flag("--cfg-scale", "guidance scale; 1.0 is off, and 0 is not: it ignores the class",
+         shown="1.5 for digits, else 4.0 for pictures and 1.0 for metrics", type=float),
+    Flag("--cfg-channels", "guide the first N channels only; 3 is what the official code does", shown="all",
+         type=int, metavar="N"),
+    Flag("--guidance-interval", "guide only at noise levels sigma = sqrt((1-abar)/abar) from LOW to HIGH; the "
+         "process has 0.01 to 157", shown="all", metavar="LOW,HIGH"),
+    Flag("--dtype", "the network's precision while sampling; bf16 is autocast", "fp32", choices=("fp32", "bf16")),
+    Flag("--tf32", "TensorFloat-32 matrix products on NVIDIA GPUs: faster, ten bits of mantissa", True),
+]
+
+
 def add_sampling_args(parser):
     """The flags that all three command lines share: sampling and precision. None: filled in from the model's data."""
-    add = parser.add_argument_group("sampling").add_argument
-    add("--sampler", choices=SAMPLERS, default="ddpm", help="how to walk from noise to image (default: %(default)s)")
-    add("--num-sampling-steps", type=int, help="steps of the sampler, 1 to 1000 (default: 50 for digits, else 250)")
-    add("--eta", type=float, help="noise of --sampler ddim: 0 none, 1 as much as DDPM (default: 0)")
-    add("--cfg-scale", type=float, help="guidance scale; 1.0 is off, and 0 is not: it ignores the class "
-        "(default: 1.5 for digits, else 4.0 for pictures and 1.0 for figures)")
-    add("--cfg-channels", type=int, metavar="N", help="guide the first N channels only; 3 is what the official code "
-        "does (default: all)")
-    add("--guidance-interval", metavar="LOW,HIGH", help="guide only at noise levels sigma = sqrt((1-abar)/abar) from "
-        "LOW to HIGH; the process has 0.01 to 157 (default: all)")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="the network's precision while sampling; bf16 is "
-        "autocast (default: %(default)s)")
-    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TensorFloat-32 matrix products on NVIDIA "
-        "GPUs: faster, ten bits of mantissa (default: on)")
+    add_flags(parser, "sampling", SAMPLING_FLAGS)
 
 
 def parse_interval(text):
@@ -262,7 +349,7 @@ def sampling_settings(args, model, cfg_scale):
         raise InputError(f"--cfg-scale {scale} needs a null class, and this model was trained without label dropout: "
                          "use --cfg-scale 1.0")
     if scale < 1:
-        say(f"warning: --cfg-scale {scale} weakens the class; guidance is off at 1.0, not at 0")
+        log_stderr(f"warning: --cfg-scale {scale} weakens the class; guidance is off at 1.0, not at 0")
     if args.cfg_channels is not None and not 1 <= args.cfg_channels <= model.in_channels:
         raise InputError(f"--cfg-channels {args.cfg_channels}: the model has {model.in_channels} channels")
     if args.eta is not None and (args.sampler != "ddim" or not 0 <= args.eta <= 1):
@@ -474,29 +561,23 @@ def main(args):
     rows, row_labels = sweep_rows(args)
     accelerator = make_accelerator(tf32=args.tf32)
     ckpt = args.ckpt or f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"
-    model = load_checkpoint(ckpt, accelerator.device)
-    check_config(model, ckpt, args.model, num_classes=args.num_classes)
+    model, vae, _ = load_model(ckpt, args, accelerator.device)
     names = class_names(model)
     labels, nrow = choose_labels(args, model, names)
     settings = [sampling_settings(row, model, cfg_scale=4.0) for row in rows]
-    vae = load_vae(model, args.vae, "mse", accelerator.device)
-    size = model.input_size * vae.factor
-    if args.image_size not in (None, size):
-        raise InputError(f"{ckpt} makes images of {size} px, not {args.image_size}: check --image-size and --vae")
 
     y = torch.tensor(labels, device=accelerator.device)
     seeds = range(args.seed, args.seed + len(labels))
     batches = math.ceil(math.ceil(len(labels) / accelerator.num_processes) / args.per_proc_batch_size)
-    progress = Progress(TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"),
-                        TimeRemainingColumn(), TextColumn("left"), disable=not accelerator.is_main_process)
-    bar = progress.add_task("sampling", total=batches * sum(diffusion.num_timesteps for diffusion, _ in settings))
+    steps = batches * sum(diffusion.num_timesteps for diffusion, _ in settings)
+    progress = ProgressBar(accelerator, "sampling", steps)
     drawn = []
     with progress:
         for diffusion, sampling in settings:
             film_steps = np.linspace(diffusion.num_timesteps - 1, 1, 40).round() if args.trajectory else ()
             drawn.append(sample_shared(
                 model, diffusion, vae, y, seeds, accelerator, args.per_proc_batch_size, set(film_steps),
-                on_step=lambda i, x, pred_xstart: progress.advance(bar), **sampling))
+                on_step=lambda i, x, pred_xstart: progress.advance(), **sampling))
 
     if accelerator.is_main_process:
         text = captions(labels, seeds, names) if args.captions else None

@@ -23,7 +23,6 @@ import contextlib
 import copy
 import fcntl
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -41,15 +40,41 @@ import torch
 from accelerate import InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import dit
-from dit import InputError, LocalError, build_dit, load_checkpoint, run_command, save_checkpoint, write_atomically
-from evaluate import BrokenImage, add_data_args, evaluate_model, load_data, load_features, print_figures, reference_set
+from dit import (
+    InputError,
+    RankLocalError,
+    build_dit,
+    fingerprint,
+    load_checkpoint,
+    read_json,
+    run_command,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+)
+from evaluate import (
+    BrokenImage,
+    add_data_args,
+    evaluate_model,
+    load_data,
+    load_features,
+    print_figures,
+    reference_set,
+)
 from gaussian_diffusion import create_diffusion
-from sample_grid import Autoencoder, add_sampling_args, class_grid, make_accelerator, sampling_settings, save_grid
+from sample_grid import (
+    Autoencoder,
+    ProgressBar,
+    add_sampling_args,
+    class_grid,
+    make_accelerator,
+    sampling_settings,
+    save_grid,
+)
 
 PAPER = dict(
     model="DiT-XL/2", image_size=256, vae="ema", class_dropout_prob=0.1, global_batch_size=256, lr=1e-4, warmup_steps=0,
@@ -88,7 +113,7 @@ PEAK_FLOPS = {  # a device's dense float16 and bfloat16 peak, by how its name be
 
 def seeded(device, *key):
     """A generator whose numbers depend on the key alone: the same in every process, run and Python version."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
+    digest = bytes.fromhex(fingerprint(key))
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
@@ -201,13 +226,6 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def progress_bar(accelerator, name, total, done=0):
-    columns = TextColumn(name), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[note]}")
-    progress = Progress(*columns, TimeRemainingColumn(), disable=not accelerator.is_main_process)
-    progress.add_task(name, total=total, completed=done, note="")
-    return progress
-
-
 # ------------------------------------------------------------------------------------------------ files
 
 
@@ -216,13 +234,6 @@ def make_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}): delete it, and the same command makes it anew") from error
 
 
 def remove_folder(folder):
@@ -238,14 +249,6 @@ def remove_leftovers(folder):
     """Remove the temporary files and folders of a process that was killed while it wrote."""
     for path in [*folder.rglob(".*.tmp*"), *folder.rglob(".tmp*")]:  # ours, and what safetensors names so
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def file_crc32(path):
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 def differences(old, new):
@@ -290,7 +293,7 @@ class LatentCache(torch.utils.data.Dataset):
         moments, labels, checksums = open_shard(self.shards[shard], os.getpid())
         moments, label = moments[row, int(mirror)], int(labels[row])
         if zlib.crc32(moments.numpy(), label) != checksums[row, int(mirror)]:
-            raise LocalError(f"{self.shards[shard]} is damaged: delete it, and the same command makes it anew")
+            raise RankLocalError(f"{self.shards[shard]} is damaged: delete it, and the same command makes it anew")
         return moments, label
 
 
@@ -356,7 +359,7 @@ def finish_cache(folder, shards, settings, max_broken):
     if broken:
         print(f"latent cache: {len(broken)} broken images are left out, named in {folder / 'index.json'}")
     index = settings | dict(count=sum(counts), counts=counts, broken=broken)
-    write_atomically(folder / "index.json", lambda path: path.write_text(json.dumps(index, indent=1)))
+    write_json(folder / "index.json", index)
     return counts
 
 
@@ -366,11 +369,10 @@ def latent_cache(args, data, vae, accelerator):
     Raises InputError if the folder's cache is of other data, another VAE or another crop, if a file in it is damaged,
     and if more images than --max-broken cannot be read.
     """
-    folder, size, weights = Path(args.latent_cache), LatentCache.SHARD, vae.vae.state_dict().values()
-    crc = functools.reduce(lambda crc, w: zlib.crc32(w.cpu().contiguous().numpy(), crc), weights, 0)
+    folder, size = Path(args.latent_cache), LatentCache.SHARD
     settings = dict(
-        data=data.name, images=len(data), labels_crc32=zlib.crc32(torch.tensor(list(data.labels)).numpy()),
-        image_size=args.image_size, vae=vae.name, vae_crc32=crc, shard_images=size,
+        data=data.name, images=len(data), labels=fingerprint(torch.tensor(list(data.labels))),
+        image_size=args.image_size, vae=vae.name, vae_weights=fingerprint(vae.vae.state_dict()), shard_images=size,
     )
     shards = [folder / f"moments-{s:05d}.safetensors" for s in range(math.ceil(len(data) / size))]
     on_main(accelerator, check_cache, folder, shards, settings)
@@ -379,7 +381,7 @@ def latent_cache(args, data, vae, accelerator):
     batches = {s: torch.arange(s * size, min(len(data), (s + 1) * size)).split(32) for s in missing}
     plan = [batch.tolist() for s in missing for batch in batches[s]]
     loader = contextlib.closing(read_batches(NamedBroken(data), plan, args.num_workers, collate_fn=list))
-    with progress_bar(accelerator, "latents", sum(map(len, plan))) as progress, loader as loaded:
+    with ProgressBar(accelerator, "latents", sum(map(len, plan))) as progress, loader as loaded:
         for s in missing:
             rows, broken = [], []
             for examples in itertools.islice(loaded, len(batches[s])):
@@ -389,7 +391,7 @@ def latent_cache(args, data, vae, accelerator):
                     x = torch.stack([image for image, _ in good]).to(accelerator.device)
                     both = torch.stack([vae.encode(x), vae.encode(x.flip(3))], dim=1)  # (N, 2, 2C, h, w)
                     rows += zip(both.half().cpu().contiguous(), [label for _, label in good], strict=True)
-                progress.advance(0, len(examples))
+                progress.advance(len(examples))
             write_shard(shards[s], rows, broken, settings)
     accelerator.wait_for_everyone()
     return LatentCache(shards, on_main(accelerator, finish_cache, folder, shards, settings, args.max_broken))
@@ -403,7 +405,9 @@ def whole_states():
 
     The main process has all of it then, also where FSDP has spread it over the processes.
     """
-    from torch.distributed.checkpoint import state_dict  # slow to import, and --help needs none of it
+    from torch.distributed.checkpoint import (
+        state_dict,  # slow to import, and --help needs none of it
+    )
 
     return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -457,8 +461,7 @@ class Run:
         remove_leftovers(self.folder)
 
     def write_settings(self):
-        text = json.dumps(self.settings, indent=1)
-        write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
+        write_json(self.folder / "config.json", self.settings)
 
     def log(self, step, **figures):
         """Append a line to metrics.jsonl and give its numbers to the tracker."""
@@ -525,8 +528,8 @@ class Run:
         damaged = {}
         for path in reversed(self.checkpoints()):
             try:
-                files = read_json(path / "state.json")["crc32"]
-                damaged[path] = ", ".join(name for name, crc in files.items() if file_crc32(path / name) != crc)
+                files = read_json(path / "state.json")["fingerprints"]
+                damaged[path] = ", ".join(name for name, value in files.items() if fingerprint(path / name) != value)
             except (InputError, OSError, KeyError, AttributeError, TypeError) as error:
                 damaged[path] = str(error)
             if not damaged[path]:
@@ -560,8 +563,8 @@ class Run:
             save_checkpoint(new / "ema.safetensors", self.ema, step=step, **self.ema.metadata)
             write_atomically(new / "model.safetensors", lambda path: save_file(weights, path))
             write_atomically(new / "optimizer.pt", lambda path: torch.save(state, path))
-            record = dict(step=step, crc32={path.name: file_crc32(path) for path in sorted(new.iterdir())})
-            write_atomically(new / "state.json", lambda path: path.write_text(json.dumps(record)))
+            files = {path.name: fingerprint(path) for path in sorted(new.iterdir())}
+            write_json(new / "state.json", dict(step=step, fingerprints=files))
             remove_folder(final)
             os.replace(new, final)
             dit.sync_folder(final.parent)
@@ -720,7 +723,7 @@ def build_network(args, vae, init):
         table = "y_embedder.embedding_table.weight"
         given["pos_embed"] = own["pos_embed"]
         if len(given[table]) != len(own[table]):
-            dit.say(f"--init: the label table is new, {len(own[table])} rows in place of {len(given[table])}")
+            dit.log_stderr(f"--init: the label table is new, {len(own[table])} rows in place of {len(given[table])}")
             given[table] = own[table]
         if wrong := [name for name in own if name not in given or given[name].shape != own[name].shape]:
             raise InputError(f"--init {init} does not fit {args.model} here: {', '.join(wrong[:3])} have other shapes")
@@ -920,7 +923,7 @@ def main(args):
         sampler = GlobalBatches(args, len(data), start, total, accelerator)
         batches = read_batches(data, sampler, args.num_workers, pin_memory=device.type == "cuda")
         latent_shape = (network.in_channels, network.input_size, network.input_size)
-        with contextlib.closing(batches), progress_bar(accelerator, "step", total, start) as progress:
+        with contextlib.closing(batches), ProgressBar(accelerator, "step", total, start) as progress:
             for step in range(start, total):
                 run.stop.saved = False
                 t, drop, noise, vae_noise = draw_randomness(args, step, diffusion.num_timesteps, latent_shape, device)
@@ -949,12 +952,12 @@ def main(args):
                 saves = saves or evaluates or stopping  # so that a stop while evaluating loses nothing
                 if logs or saves:
                     window.check(args.skip_nonfinite, sampler, run)
+                note = None
                 if logs:
                     line = window.means()
                     run.log(done, lr=lr, **line)
                     note = f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s"
-                    progress.update(0, note=note)
-                progress.update(0, completed=done)
+                progress.advance(note=note)
                 paused = time.perf_counter()
                 if saves:
                     run.save(done)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import evaluate
-from dit import DiT, InputError, save_checkpoint
+from dit import DiT, InputError, load_checkpoint, save_checkpoint
 from evaluate import (
     NpzImages,
     Statistics,
@@ -408,7 +408,7 @@ def test_a_killed_evaluation_continues(checkpoint, standin, forty, tmp_path, mon
 
 
 def test_an_image_does_not_depend_on_the_count_or_the_batch(checkpoint):
-    model = evaluate.load_checkpoint(checkpoint)
+    model = load_checkpoint(checkpoint)
     make = lambda n, batch: torch.cat(list(evaluate.generate(
         model, create_diffusion("3"), Autoencoder(channels=1), sample_labels(10, n), make_accelerator(), 4, batch)))
     assert torch.equal(make(11, 4)[:7], make(7, 3))

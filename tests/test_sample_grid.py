@@ -16,7 +16,15 @@ from PIL import Image
 import sample_grid
 from dit import DiT, InputError, save_checkpoint
 from gaussian_diffusion import create_diffusion
-from sample_grid import Autoencoder, class_grid, class_names, find_class, load_vae, make_grid, sample_images
+from sample_grid import (
+    Autoencoder,
+    class_grid,
+    class_names,
+    find_class,
+    load_vae,
+    make_grid,
+    sample_images,
+)
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["tench, Tinca tinca", "golden retriever", "Labrador retriever", "otter"]
