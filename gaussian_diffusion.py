@@ -1,19 +1,28 @@
-"""The diffusion process: the forward noise, the loss, three samplers, schedules. Read dit.py first.
+"""Two processes between data x_0 and noise eps: diffusion and flow matching. Read dit.py first.
 
-DDPM (Ho et al., 2020) with the learned variance of IDDPM (Nichol & Dhariwal, 2021), as DiT uses it.
-With alpha_t = 1 - beta_t, abar_t = alpha_1 ... alpha_t and eps a standard normal:
+GaussianDiffusion is DDPM (Ho et al., 2020) with the learned variance of IDDPM (Nichol & Dhariwal,
+2021), as DiT uses it. FlowMatching is SiT (Ma et al., 2024): the same network, straight paths.
 
-    forward q(x_t | x_0)   x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps             DDPM (4)
-    noise level            sigma_t = sqrt((1 - abar_t) / abar_t)
-    predicted x_0          x_t / sqrt(abar_t) - sigma_t eps_theta(x_t, t)            DDPM (15)
-    q(x_{t-1} | x_t, x_0)  mean = sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0
-                                + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t
-                           beta~_t = (1 - abar_{t-1}) / (1 - abar_t) beta_t          DDPM (6, 7)
-    learned variance       exp(share log beta_t + (1 - share) log beta~_t)           IDDPM (15)
-    loss                   |eps - eps_theta|^2 + L_vb; L_vb trains the share alone   IDDPM (16)
+                    GaussianDiffusion                           FlowMatching
+    time            t = T (noise), ..., 1, 0 (data)             t = 0 (noise) to 1 (data)
+    x_t             sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps     t x_0 + (1 - t) eps
+    noise level     sigma_t = sqrt((1 - abar_t) / abar_t)       sigma_t = (1 - t) / t
+    the network     eps_theta(x_t, t), share_theta(x_t, t)      velocity_theta(x_t, t)
+    its target      eps                                         velocity = dx_t / dt = x_0 - eps
+    loss            |eps - eps_theta|^2 + L_vb                  |velocity - velocity_theta|^2
+    predicted x_0   x_t / sqrt(abar_t) - sigma_t eps_theta      x_t + (1 - t) velocity_theta
+    a step          draw x_{t-1} from p(x_{t-1} | x_t)          x_t + dt velocity_theta
 
-Steps count from 0 (least noise) to num_timesteps - 1, so step 0 here is t = 1 in the papers.
-Coefficients are computed in float64 and applied in float32.
+With alpha_t = 1 - beta_t and abar_t = alpha_1 ... alpha_t, diffusion's p is q at the predicted x_0:
+
+    q(x_{t-1} | x_t, x_0)   mean = sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0
+                                 + sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) x_t
+                            beta~_t = (1 - abar_{t-1}) / (1 - abar_t) beta_t         DDPM (6, 7)
+    variance of p           exp(share log beta_t + (1 - share) log beta~_t)          IDDPM (15)
+    L_vb = KL(q || p)       trains the share alone                                   IDDPM (16)
+
+Its steps count from 0 (least noise) to num_timesteps - 1, so step 0 here is t = 1 in the papers.
+Its coefficients are computed in float64 and applied in float32.
 """
 
 import math
@@ -133,16 +142,16 @@ class GaussianDiffusion:
         """DDPM, algorithm 2: from noise x_T (N, C, H, W) to samples of the same shape.
 
         step_noise(i, x) gives the noise of steps i = num_timesteps - 1 down to 1 (default: fresh).
-        on_step(i, x, pred_xstart) is called after each step, i = num_timesteps - 1 down to 0.
+        on_step(i, x, pred_x0) is called after each step, i = num_timesteps - 1 down to 0.
         """
         x, draw = noise, step_noise or fresh_noise
         for i in reversed(range(self.num_timesteps)):
             p = self._p_at_step(i, model, x, clip_denoised, model_kwargs)
-            x = p["mean"]
+            pred_x0, x = p["pred_xstart"], p["mean"]
             if i > 0:
                 x = x + (0.5 * p["log_variance"]).exp() * draw(i, x)
             if on_step:
-                on_step(i, x, p["pred_xstart"])
+                on_step(i, x, pred_x0)
         return x
 
     def ddim_sample_loop(self, model, noise, model_kwargs=None, clip_denoised=False, eta=0.0,
@@ -152,10 +161,11 @@ class GaussianDiffusion:
         eta: the noise added, from 0 (none: deterministic) to 1 (as much as DDPM with beta~).
         """
         x, draw = noise, step_noise or fresh_noise
-        abar_after_step = [1.0, *self.alphas_cumprod.tolist()]  # no noise is left after step 0
+        abar_at = self.alphas_cumprod.tolist()
+        abar_before_at = [1.0, *abar_at[:-1]]  # no noise is left after step 0
         for i in reversed(range(self.num_timesteps)):
             pred_x0 = self._p_at_step(i, model, x, clip_denoised, model_kwargs)["pred_xstart"]
-            abar, abar_before = abar_after_step[i + 1], abar_after_step[i]
+            abar, abar_before = abar_at[i], abar_before_at[i]
             # The eps that belongs to the clipped x_0, part of which may be drawn anew.
             eps = (x - math.sqrt(abar) * pred_x0) / math.sqrt(1 - abar)
             std = eta * math.sqrt((1 - abar_before) / (1 - abar) * (1 - abar / abar_before))
@@ -225,30 +235,209 @@ class GaussianDiffusion:
 
     def _p(self, eps, variance_share, x, t, clip_denoised):
         """p(x_{t-1} | x_t) from the network's output: see p_mean_variance."""
-        pred_xstart = self._at("recip_sqrt_abar", t) * x - self._at("sigma", t) * eps
+        pred_x0 = self._at("recip_sqrt_abar", t) * x - self._at("sigma", t) * eps
         if clip_denoised:
-            pred_xstart = pred_xstart.clamp(-1, 1)
-        mean, _, least = self.q_posterior_mean_variance(pred_xstart, x, t)
+            pred_x0 = pred_x0.clamp(-1, 1)
+        mean, _, least = self.q_posterior_mean_variance(pred_x0, x, t)
         if self.learn_sigma:
             most = self._at("log_beta", t)
             log_variance = variance_share * most + (1 - variance_share) * least  # IDDPM (15)
         else:
             log_variance = self._at("log_fixed_variance", t)
         return dict(mean=mean, variance=log_variance.exp(), log_variance=log_variance,
-                    pred_xstart=pred_xstart)
+                    pred_xstart=pred_x0)
 
     def _at(self, name, t):
         """A table's values at steps t, (N, 1, 1, 1); each device gets one copy of the tables."""
         device = str(t.device)
         if device not in self._tables_on:
             self._tables_on[device] = {
-                name: table.to(t.device) for name, table in self._tables.items()}
+                key: table.to(t.device) for key, table in self._tables.items()}
         return self._tables_on[device][name][t]
 
     def _p_at_step(self, i, model, x, clip_denoised, model_kwargs):
         """p_mean_variance with the whole batch at step i."""
         t = torch.full((len(x),), i, device=x.device)
         return self.p_mean_variance(model, x, t, clip_denoised, model_kwargs)
+
+
+class FlowMatching:
+    """Straight paths, walked from noise to data in num_timesteps equal steps of t from 0 to 1.
+
+    In every method x is (N, C, H, W) and t is float32 (N,), 0 at noise and 1 at data, as in SiT's
+    code. `model` is a callable model(x, time, **model_kwargs) that returns the predicted velocity
+    (N, C, H, W), or (N, 2C, H, W) with a second half to ignore. Its time is t with network_time
+    "sit", for SiT's weights, and 1000 (1 - t) with "ddpm", so that DDPM's can be fine-tuned.
+    time_sampling, "uniform" or "logit-normal": see draw_times.
+    """
+
+    samplers = ("euler", "heun", "sde")
+    loss_names = ("loss", "mse")
+
+    def __init__(self, num_timesteps, network_time="ddpm", time_sampling="uniform"):
+        if num_timesteps < 1:
+            raise ValueError(f"cannot take {num_timesteps} steps: choose 1 or more")
+        if network_time not in ("ddpm", "sit"):
+            raise ValueError(f"unknown network_time {network_time!r}: use ddpm or sit")
+        if time_sampling not in ("uniform", "logit-normal"):
+            raise ValueError(f"unknown time_sampling {time_sampling!r}: use uniform, logit-normal")
+        self.num_timesteps = num_timesteps
+        self.network_time = network_time
+        self.time_sampling = time_sampling
+        self.objective = "flow" if network_time == "ddpm" else "sit"
+
+    # ---------------------------------------------------------------------- forward: data to noise
+
+    def q_sample(self, x_start, t, noise):
+        """x_t, float32: where the straight line from noise to x_start is at t."""
+        t = t[:, None, None, None]  # (N, 1, 1, 1)
+        return t * x_start + (1 - t) * noise
+
+    # --------------------------------------------------------------------------------------- loss
+
+    def draw_times(self, n, generator):
+        """Times to train at, float32 (n,) on the generator's device.
+
+        Logit-normal, the sigmoid of a standard normal, favours the middle (Esser et al., 2024).
+        """
+        if self.time_sampling == "uniform":
+            return torch.rand(n, generator=generator, device=generator.device)
+        return torch.randn(n, generator=generator, device=generator.device).sigmoid()
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        """Losses of each sample, a dict of (N,) by loss_names; both are the velocity's mse."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_t = self.q_sample(x_start, t, noise)
+        velocity = self._network(model, x_t, t, model_kwargs)
+        mse = (x_start - noise - velocity).square().flatten(1).mean(1)
+        return dict(loss=mse, mse=mse)
+
+    # -------------------------------------------------------------------- samplers: noise to data
+
+    def euler_sample_loop(self, model, noise, model_kwargs=None, clip_denoised=False, on_step=None):
+        """Euler's method. Arguments and result: GaussianDiffusion.p_sample_loop.
+
+        clip_denoised clamps the predicted x_0 to [-1, 1] and takes the velocity that leads there.
+        """
+        x = noise
+        for i, t, t_end in self._steps("euler"):
+            velocity, pred_x0 = self._velocity_at(t, model, x, clip_denoised, model_kwargs)
+            x = x + (t_end - t) * velocity
+            if on_step:
+                on_step(i, x, pred_x0)
+        return x
+
+    def heun_sample_loop(self, model, noise, model_kwargs=None, clip_denoised=False, on_step=None):
+        """Heun's method, of second order: the mean of the velocities at both ends of Euler's step.
+
+        Two evaluations in every step; pred_x0 is that of the first.
+        """
+        x = noise
+        for i, t, t_end in self._steps("heun"):
+            velocity, pred_x0 = self._velocity_at(t, model, x, clip_denoised, model_kwargs)
+            x_end = x + (t_end - t) * velocity
+            velocity_end, _ = self._velocity_at(t_end, model, x_end, clip_denoised, model_kwargs)
+            x = x + (t_end - t) * (velocity + velocity_end) / 2
+            if on_step:
+                on_step(i, x, pred_x0)
+        return x
+
+    def sde_sample_loop(self, model, noise, model_kwargs=None, clip_denoised=False, step_noise=None,
+                        on_step=None):
+        """SiT's reference sampler: Euler-Maruyama to t = 0.96, then one step without noise.
+
+        dx = (velocity + w score) dt + sqrt(2 w) dW has the marginals of the paths for every w >= 0;
+        with w = 1 - t and score = (t velocity - x) / (1 - t) its drift is (1 + t) velocity - x.
+        """
+        x, draw = noise, step_noise or fresh_noise
+        for i, t, t_end in self._steps("sde"):
+            velocity, pred_x0 = self._velocity_at(t, model, x, clip_denoised, model_kwargs)
+            x = x + (t_end - t) * ((1 + t) * velocity - x)
+            if i > 0:
+                x = x + math.sqrt(2 * (1 - t) * (t_end - t)) * draw(i, x)
+            if on_step:
+                on_step(i, x, pred_x0)
+        return x
+
+    def sample(self, sampler, model, noise, step_noise=None, **settings):
+        """Sample by name, one of `samplers`; settings are further arguments of that loop."""
+        check_sampler(self, sampler)
+        if sampler == "euler":
+            return self.euler_sample_loop(model, noise, **settings)
+        if sampler == "heun":
+            return self.heun_sample_loop(model, noise, **settings)
+        return self.sde_sample_loop(model, noise, step_noise=step_noise, **settings)
+
+    def noise_levels(self, sampler):
+        """The noise level sigma of each network evaluation of a sampler's loop, in its order."""
+        check_sampler(self, sampler)
+        times = []
+        for _, t, t_end in self._steps(sampler):
+            times += [t, t_end] if sampler == "heun" else [t]
+        return [(1 - t) / t if t > 0 else math.inf for t in times]
+
+    # ------------------------------------------------------------- what loss and samplers share
+
+    def _network(self, model, x, t, model_kwargs):
+        """The network's velocity, float32 (N, C, H, W), whatever the network computes in."""
+        time = t if self.network_time == "sit" else 1000 * (1 - t)
+        output = model(x, time, **(model_kwargs or {})).float()
+        channels = x.shape[1]
+        if output.shape[1] not in (channels, 2 * channels):
+            raise ValueError(f"model gave {output.shape[1]} channels, not {channels} or twice that")
+        return output[:, :channels]
+
+    def _velocity_at(self, t, model, x, clip_denoised, model_kwargs):
+        """The velocity and the predicted x_0 of the whole batch at one t, a number."""
+        velocity = self._network(model, x, torch.full((len(x),), t, device=x.device), model_kwargs)
+        pred_x0 = x + (1 - t) * velocity
+        if clip_denoised:
+            pred_x0 = pred_x0.clamp(-1, 1)
+            if t < 1:  # at t = 1 the velocity says nothing about x_0, which is x
+                velocity = (pred_x0 - x) / (1 - t)
+        return velocity, pred_x0
+
+    def _steps(self, sampler):
+        """Each step's (i, t, t at its end); i counts down from num_timesteps - 1 to 0."""
+        n = self.num_timesteps
+        times = [k / n for k in range(n + 1)]
+        if sampler == "sde":
+            times = [*(0.96 * k / (n - 1) for k in range(n - 1)), 0.96, 1.0]
+        return zip(reversed(range(n)), times[:-1], times[1:], strict=True)
+
+
+# -------------------------------------------------------------------------- choosing a process
+
+
+OBJECTIVES = ("ddpm", "flow", "sit")
+
+
+def create_process(objective="ddpm", sampler=None, num_sampling_steps=None, learn_sigma=True,
+                   time_sampling="uniform"):
+    """The process of an objective: to train with or, given both, to sample with in so many steps.
+
+    "ddpm" is the official DiT's; "flow" and "sit" are FlowMatching with the network time "ddpm" and
+    "sit". learn_sigma says what ddpm's network predicts; time_sampling how the others are trained.
+    Raises ValueError for an objective, sampler, number or time_sampling that there is not.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
+    if objective == "ddpm":
+        if time_sampling != "uniform":
+            raise ValueError(f"time_sampling {time_sampling!r} is for flow and sit alone")
+        # Training uses all 1000 steps; dpm++ needs a spacing of its own: see space_timesteps.
+        respacing = "" if num_sampling_steps is None else str(num_sampling_steps)
+        if sampler == "dpm++" and respacing:
+            respacing = "trailing" + respacing
+        process = create_diffusion(respacing, learn_sigma=learn_sigma)
+    else:
+        # Training draws from all of [0, 1], whatever the number of steps.
+        steps = 1 if num_sampling_steps is None else num_sampling_steps
+        network_time = "ddpm" if objective == "flow" else "sit"
+        process = FlowMatching(steps, network_time, time_sampling)
+    if sampler is not None:
+        check_sampler(process, sampler)
+    return process
 
 
 # -------------------------------------------------------------------------- schedules and respacing

@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import formula
+from golden import fill, formula
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dit import DiT
 from gaussian_diffusion import (
+    OBJECTIVES,
+    FlowMatching,
     GaussianDiffusion,
     create_diffusion,
+    create_process,
     discretized_gaussian_log_likelihood,
     get_named_beta_schedule,
     space_timesteps,
@@ -23,6 +27,8 @@ from gaussian_diffusion import (
 DATA = Path(__file__).parent / "data"
 GOLDEN = np.load(DATA / "golden" / "diffusion.npz")  # made with the official code, float32
 CASES = json.loads(str(GOLDEN["cases"]))
+FLOW_GOLDEN = np.load(DATA / "flow" / "vectors.npz")  # made with the official SiT code, float32
+FLOW_CASE = json.loads(str(FLOW_GOLDEN["case"]))
 
 
 def golden_input(name, n):
@@ -309,7 +315,8 @@ def test_discretized_likelihood_is_a_distribution_over_levels():
         x, torch.tensor(mean), torch.tensor(math.log(scale)))
     for mean, scale in ((0.0, 0.05), (-1.2, 0.3), (0.999, 1e-3), (0.1, 2.0)):
         assert log_likelihood(levels, mean, scale).exp().sum().item() == pytest.approx(1, abs=2e-4)
-    assert levels[log_likelihood(levels, 0.1, 0.05).argmax()].item() == pytest.approx(0.1, abs=1 / 255)
+    likeliest = levels[log_likelihood(levels, 0.1, 0.05).argmax()].item()
+    assert likeliest == pytest.approx(0.1, abs=1 / 255)
     normal = torch.distributions.Normal(0.0, 0.05)
     exact = (normal.cdf(levels[140] + 1 / 255) - normal.cdf(levels[140] - 1 / 255)).log().item()
     got = log_likelihood(levels[140], 0.0, 0.05).item()
@@ -403,8 +410,7 @@ def test_ddim_at_eta_one_draws_with_ddpms_small_variance():
     torch.testing.assert_close(ddim, ddpm, rtol=1e-4, atol=1e-5)
 
 
-LOOPS = dict(ddpm="p_sample_loop", ddim="ddim_sample_loop")
-LOOPS["dpm++"] = "dpm_solver_sample_loop"
+LOOPS = {"ddpm": "p_sample_loop", "ddim": "ddim_sample_loop", "dpm++": "dpm_solver_sample_loop"}
 
 
 @pytest.mark.parametrize("sampler", LOOPS)
@@ -475,6 +481,277 @@ def test_losses_are_those_that_loss_names_says():
     assert diffusion.objective == "ddpm"
 
 
+# ------------------------------------------------------------------------ flow matching against SiT
+
+
+FLOW_LOOPS = {"euler": "euler_sample_loop", "heun": "heun_sample_loop", "sde": "sde_sample_loop"}
+
+
+@pytest.fixture(scope="module")
+def flow_model():
+    return fill(DiT(**FLOW_CASE["config"]), FLOW_CASE["seed"]).requires_grad_(False)
+
+
+def flow_input(name, n=2):
+    return formula(f"flow_{name}", (n, 4, 8, 8), FLOW_CASE["seed"])
+
+
+def flow_labels(n=2):
+    return dict(y=torch.tensor(FLOW_CASE["y"][:n]))
+
+
+def flow_close(got, key):
+    want = torch.from_numpy(FLOW_GOLDEN[key])
+    assert got.shape == want.shape
+    error = ((got - want).abs().max() / want.abs().max()).item()
+    assert error <= 2e-5, f"{key}: {error:.2g}"
+
+
+def ignored_half(model):
+    """The model without its second half of channels, as learn_sigma False would have it."""
+    return lambda x, t, **kwargs: model(x, t, **kwargs).chunk(2, dim=1)[0]
+
+
+@pytest.mark.parametrize("key", [key for key in FLOW_GOLDEN.files if key[:4] in ("ode_", "sde_")])
+def test_flow_loops_equal_the_official_ones(flow_model, key):
+    """Also with the other network time, when the network undoes it, and without a second half."""
+    sampler, steps = key.removeprefix("ode_").split("_")[:2]
+    steps = int(steps)
+    network, kwargs = flow_model, flow_labels()
+    if "cfg" in key:
+        network, kwargs = flow_model.forward_with_cfg, kwargs | dict(cfg_scale=2.0)
+
+    def step_noise(i, x):
+        drawn.append(i)
+        return flow_input(f"step_noise_{steps - 1 - i}")
+
+    in_ddpm_time = lambda x, time, **kwargs: network(x, 1 - time / 1000, **kwargs)
+    for network_time, model in (
+            ("sit", network), ("sit", ignored_half(network)), ("ddpm", in_ddpm_time)):
+        drawn = []
+        settings = dict(step_noise=step_noise) if sampler == "sde" else {}
+        loop = getattr(FlowMatching(steps, network_time), FLOW_LOOPS[sampler])
+        flow_close(loop(model, flow_input("z"), kwargs, **settings), key)
+        assert drawn == (list(range(steps - 1, 0, -1)) if sampler == "sde" else [])
+
+
+def test_flow_losses_equal_the_official_ones(flow_model):
+    t, seen = torch.tensor(FLOW_CASE["t"]), []
+
+    def spy(x, time, y):
+        seen.append(time)
+        return flow_model(x, time, y)
+
+    arguments = 0.7 * flow_input("x_start", 4), t, flow_labels(4), flow_input("noise", 4)
+    losses = FlowMatching(1, "sit").training_losses(spy, *arguments)
+    assert FlowMatching(1).loss_names == tuple(losses) == ("loss", "mse")
+    flow_close(losses["loss"], "loss")
+    assert torch.equal(losses["mse"], losses["loss"]) and torch.equal(seen[0], t)
+    alone = FlowMatching(1, "sit").training_losses(ignored_half(flow_model), *arguments)
+    assert torch.equal(alone["loss"], losses["loss"])
+    FlowMatching(1, "ddpm").training_losses(spy, *arguments)
+    torch.testing.assert_close(seen[1], 1000 * (1 - t))
+
+
+# ------------------------------------------------------------------ flow matching by its definition
+
+
+def straight(x_start):
+    """The velocity, in SiT's time, that leads from anywhere straight to x_start."""
+    return lambda x, t: (x_start - x) / (1 - t).clamp(min=1e-3)[:, None, None, None]
+
+
+def gaussian_velocity(std):
+    """The optimal velocity for data N(0, std^2), of SiT's time: E[x_0 - eps | x_t]."""
+    def model(x, t):
+        t = t[:, None, None, None]
+        return (t * std**2 - (1 - t)) / ((t * std) ** 2 + (1 - t) ** 2) * x
+
+    return model
+
+
+def test_a_perfect_velocity_gives_the_data_in_one_step():
+    x_start, noise = torch.rand(3, 2, 4, 4) * 2 - 1, torch.randn(3, 2, 4, 4)
+    velocity = lambda x, time: x_start - noise
+    for steps in (1, 2, 7):
+        for sampler in ("euler", "heun"):
+            got = FlowMatching(steps).sample(sampler, velocity, noise)
+            torch.testing.assert_close(got, x_start, rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        FlowMatching(1, "sit").euler_sample_loop(straight(x_start), noise), x_start)
+    losses = FlowMatching(1).training_losses(velocity, x_start, torch.rand(3), noise=noise)
+    assert (losses["loss"] == 0).all()
+
+
+def test_q_sample_goes_from_noise_to_data():
+    x_start, noise = torch.rand(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    x_t = FlowMatching(1).q_sample(x_start, torch.tensor([0.0, 0.25, 1.0]), noise)
+    assert torch.equal(x_t[0], noise[0]) and torch.equal(x_t[2], x_start[2])
+    torch.testing.assert_close(x_t[1], 0.25 * x_start[1] + 0.75 * noise[1])
+
+
+def test_heun_is_of_second_order():
+    """On Gaussian data the ODE's answer is noise x std: Heun's error falls as 1 / steps^2."""
+    noise, model = torch.randn(2, 1, 4, 4), gaussian_velocity(0.5)
+
+    def errors(steps):
+        return [(FlowMatching(steps, "sit").sample(sampler, model, noise) - 0.5 * noise).abs().max()
+                for sampler in ("euler", "heun")]
+
+    (euler10, heun10), (euler20, heun20) = errors(10), errors(20)
+    assert heun10 / heun20 > 3.3 and 1.5 < euler10 / euler20 < 2.5 and heun20 < euler20 / 5
+
+
+def test_the_sde_has_the_marginals_of_the_paths():
+    torch.manual_seed(0)
+    noise, stds = torch.randn(64, 1, 16, 16), []
+    flow = FlowMatching(250, "sit")
+    keep = lambda i, x, pred_x0: stds.append(x.std().item())
+    x = flow.sde_sample_loop(gaussian_velocity(0.5), noise, on_step=keep)
+    assert x.std().item() == pytest.approx(0.5, rel=0.03)
+    for i in (200, 125, 50):
+        t = 0.96 * (250 - i) / 249  # after step i
+        expected = math.hypot(0.5 * t, 1 - t)
+        assert stds[249 - i] == pytest.approx(expected, rel=0.02)
+
+
+def test_the_sde_ends_without_noise():
+    """Its last step is Euler's along the drift, 0.04 long; with one step it is the only one."""
+    x, velocity = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    no_noise = lambda i, x: pytest.fail("drew noise")
+    got = FlowMatching(1).sde_sample_loop(lambda x, time: velocity, x, step_noise=no_noise)
+    torch.testing.assert_close(got, x + 0.04 * (1.96 * velocity - x))
+    first, second = (FlowMatching(20).sde_sample_loop(lambda x, time: 0 * x, x) for _ in "12")
+    assert not torch.equal(first, second)  # fresh noise, unless it is given
+
+
+@pytest.mark.parametrize("network_time", ["ddpm", "sit"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("sampler", FLOW_LOOPS)
+def test_flow_noise_levels_are_those_of_the_calls(sampler, steps, network_time):
+    """`sample` is the loop of that name; noise_levels has those that the network sees."""
+    flow, times = FlowMatching(steps, network_time), []
+
+    def model(x, time, scale):
+        assert time.shape == (2,) and time.dtype == torch.float32 and time[0] == time[1]
+        times.append(1 - time[0].item() / 1000 if network_time == "ddpm" else time[0].item())
+        return scale * x
+
+    settings = dict(model_kwargs=dict(scale=0.5))
+    if sampler == "sde":
+        settings["step_noise"] = lambda i, x: flow_input(f"z{i}")
+    x = flow.sample(sampler, model, flow_input("z"), **settings)
+    expected = [(1 - t) / max(t, 1e-9) for t in times]
+    levels = flow.noise_levels(sampler)
+    assert len(levels) == steps * (2 if sampler == "heun" else 1)
+    if (sampler, steps) != ("sde", 1):  # which starts at t = 0.96
+        assert levels.pop(0) == math.inf and expected.pop(0) > 1e8
+    assert levels == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert sampler != "heun" or levels[-1] == 0
+    assert torch.equal(x, getattr(flow, FLOW_LOOPS[sampler])(model, flow_input("z"), **settings))
+
+
+@pytest.mark.parametrize("sampler", FLOW_LOOPS)
+def test_flow_loops_report_the_predicted_x_start(sampler):
+    flow, calls, reported = FlowMatching(4, "sit"), [], []
+
+    def model(x, t):
+        calls.append((x, t[0].item(), x.sin()))
+        return x.sin()
+
+    x = flow.sample(sampler, model, flow_input("z"),
+                    on_step=lambda i, x, pred_x0: reported.append((i, x, pred_x0)))
+    assert [i for i, _, _ in reported] == [3, 2, 1, 0] and torch.equal(reported[-1][1], x)
+    first_of_step = calls[::2] if sampler == "heun" else calls
+    for (_, _, pred_x0), (before, t, velocity) in zip(reported, first_of_step, strict=True):
+        torch.testing.assert_close(pred_x0, before + (1 - t) * velocity)
+    if sampler == "euler":
+        torch.testing.assert_close(reported[-1][2], x)  # the last step ends at the predicted x_0
+
+
+@pytest.mark.parametrize("sampler", FLOW_LOOPS)
+def test_flow_clips_the_predicted_x_start(sampler):
+    """A velocity that aims at 3 becomes the one that aims at 1; within [-1, 1] nothing changes."""
+    noise, predicted, flow = flow_input("z"), [], FlowMatching(6, "sit")
+    settings = {} if sampler != "sde" else dict(step_noise=lambda i, x: flow_input(f"z{i}"))
+    # At t = 1, where Heun's last step ends, no velocity is changed: give the same one in all.
+    aims_at = lambda x_start: lambda x, t: 1 - x if t[0] == 1 else straight(x_start)(x, t)
+    clipped = flow.sample(sampler, aims_at(3.0), noise, clip_denoised=True, **settings,
+                          on_step=lambda i, x, pred_x0: predicted.append(pred_x0))
+    expected = flow.sample(sampler, aims_at(1.0), noise, **settings)
+    torch.testing.assert_close(clipped, expected, rtol=1e-5, atol=2e-6)
+    assert all(torch.equal(pred_x0, torch.ones_like(noise)) for pred_x0 in predicted)
+    plain = flow.sample(sampler, aims_at(0.5), noise, **settings)
+    clipped = flow.sample(sampler, aims_at(0.5), noise, clip_denoised=True, **settings)
+    torch.testing.assert_close(clipped, plain, rtol=1e-5, atol=2e-6)
+
+
+def test_flow_is_float32_in_mixed_precision():
+    flow, x, t = FlowMatching(3), torch.randn(2, 1, 4, 4), torch.rand(2)
+    model = lambda x, time: x.bfloat16()
+    assert flow.q_sample(x.bfloat16(), t, x.bfloat16()).dtype == torch.float32
+    assert flow.training_losses(model, x, t)["loss"].dtype == torch.float32
+    assert all(flow.sample(sampler, model, x).dtype == torch.float32 for sampler in flow.samplers)
+
+
+def test_logit_normal_times_favour_the_middle():
+    draw = lambda sampling, seed: FlowMatching(1, time_sampling=sampling).draw_times(
+        20000, torch.Generator().manual_seed(seed))
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    normal = torch.distributions.Normal(0.0, 1.0)
+    logit_normal = normal.icdf(levels).sigmoid()
+    for sampling, quantiles in (("uniform", levels), ("logit-normal", logit_normal)):
+        t = draw(sampling, 0)
+        assert t.shape == (20000,) and t.dtype == torch.float32 and 0 <= t.min() <= t.max() <= 1
+        torch.testing.assert_close(t.quantile(levels), quantiles, rtol=0, atol=0.012)
+        assert torch.equal(t, draw(sampling, 0)) and not torch.equal(t, draw(sampling, 1))
+
+
+def test_what_flow_cannot_do_is_refused():
+    x = torch.zeros(1, 2, 4, 4)
+    for arguments, words in (
+            (dict(num_timesteps=0), "cannot take 0 steps"),
+            (dict(num_timesteps=5, network_time="edm"), "'edm': use ddpm or sit"),
+            (dict(num_timesteps=5, time_sampling="cosine"), "'cosine': use uniform, logit-normal")):
+        with pytest.raises(ValueError, match=words):
+            FlowMatching(**arguments)
+    with pytest.raises(ValueError, match="3 channels, not 2 or twice that"):
+        FlowMatching(1).euler_sample_loop(lambda x, time: torch.zeros(1, 3, 4, 4), x)
+    for use in (FlowMatching(1).noise_levels, lambda name: FlowMatching(1).sample(name, None, x)):
+        with pytest.raises(ValueError, match="flow has no sampler 'ddim': use one of euler, heun"):
+            use("ddim")
+
+
+# ------------------------------------------------------------------------- one constructor for both
+
+
+def test_create_process_follows_the_objective():
+    for objective in OBJECTIVES:
+        assert create_process(objective).objective == objective
+    assert create_process().num_timesteps == 1000 and create_process().learn_sigma
+    assert create_process("flow").network_time == "ddpm"
+    assert create_process("sit").network_time == "sit"
+    assert create_process("sit", time_sampling="logit-normal").time_sampling == "logit-normal"
+    assert create_process("flow", "heun", 7).num_timesteps == 7
+    assert create_process("ddpm", "ddim", 20, learn_sigma=False).learn_sigma is False
+    for sampler, respacing in (("ddpm", "20"), ("ddim", "20"), ("dpm++", "trailing20")):
+        process = create_process("ddpm", sampler, 20)
+        assert process.timestep_map == create_diffusion(respacing).timestep_map
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (dict(objective="edm"), "'edm': use one of ddpm, flow, sit"),
+    (dict(objective="ddpm", sampler="heun", num_sampling_steps=5), "ddpm has no sampler 'heun'"),
+    (dict(objective="sit", sampler="ddpm", num_sampling_steps=5), "sit has no sampler 'ddpm'"),
+    (dict(objective="ddpm", sampler="ddpm", num_sampling_steps=1001), "1 to 1000"),
+    (dict(objective="ddpm", sampler="dpm++", num_sampling_steps=0), "keep 0"),
+    (dict(objective="flow", sampler="euler", num_sampling_steps=0), "cannot take 0 steps"),
+    (dict(objective="ddpm", time_sampling="logit-normal"), "flow and sit alone")])
+def test_create_process_refuses_in_words(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        create_process(**arguments)
+
+
 # ------------------------------------------------------------------------------------------ devices
 
 
@@ -502,8 +779,9 @@ def test_a_device_gets_float32_tables_once():
     with Operations() as first:
         diffusion.p_sample_loop(model, x)
     with Operations() as second:
-        for sampler in diffusion.samplers:
-            assert diffusion.sample(sampler, model, x).device.type == "meta"
+        for process in (diffusion, FlowMatching(3)):
+            for sampler in process.samplers:
+                assert process.sample(sampler, model, x).device.type == "meta"
     assert first.copies() and not second.copies()
     assert not [entry for entry in first.seen + second.seen if entry[1:] == ("meta", torch.float64)]
 
