@@ -479,7 +479,7 @@ def test_official_command_lines(tmp_path, kl_folder, monkeypatch):
     (["--trajectory", "out.mp4"], ".gif"), (["--trajectory", "nowhere/out.gif"], "nowhere"),
     (["--nrow", "0"], "--nrow 0"), (["--images-per-class", "-1"], "--images-per-class -1"),
     (["--seed", "-1"], "--seed -1"),
-    (["--per-proc-batch-size", "0"], "at least 1"), (["--sweep", "depth=1,2"], "cfg_scale"),
+    (["--per-proc-batch-size", "0"], "--per-proc-batch-size 0 must be 1 or more"), (["--sweep", "depth=1,2"], "cfg_scale"),
     (["--sweep", "cfg_scale"], "values"), (["--sweep", "cfg_scale=a"], "values"),
     (["--sweep", "cfg_scale=1,2", "--nrow", "2"], "--nrow"), (["--sweep", "sampler=euler"], "euler"),
     (["--sweep", "num_sampling_steps=5,2000"], "2000"), (["--model", "DiT-Q/2"], "DiT-XL/2"),
