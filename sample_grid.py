@@ -17,6 +17,7 @@ python -c "from PIL import Image; print(Image.open('sample.png').text['command']
 """
 
 import argparse
+import contextlib
 import copy
 import difflib
 import io
@@ -26,9 +27,11 @@ import os
 import re
 import shlex
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -38,12 +41,25 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dit import InputError, check_config, load_checkpoint, log_stderr, run_command, write_atomically
+from dit import (
+    InputError,
+    RankLocalError,
+    check_config,
+    load_checkpoint,
+    log_stderr,
+    run_command,
+    write_atomically,
+)
 from gaussian_diffusion import create_diffusion
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
-FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+VAES = (  # of diffusers: those whose latents are scaled as their config says, see Autoencoder
+    "AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKLHunyuanImage",
+    "AutoencoderTiny", "VQModel",
+)
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 OFFICIAL_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]  # of the official sample.py
+WNID = re.compile(r"n\d{8}")  # an id of WordNet, as ImageNet's folders are named
 SLICE_PIXELS = 512 * 512  # the VAE sees so many image pixels at a time: 512 px fits in a few GB
 
 
@@ -56,36 +72,40 @@ def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler="ddpm"
     and on any device, up to rounding. cfg_scale, cfg_channels: see DiT.forward_with_cfg.
     guidance_interval: (low, high), see IntervalGuidance. eta: of the sampler ddim. dtype: "bf16"
     runs the network in bfloat16 autocast; the process and the VAE stay float32.
-    on_step(i, x, pred_xstart) is called after each step. InputError for an unknown sampler.
+    on_step(i, x, pred_xstart) is called after each step. RankLocalError, naming seed and step, when
+    a latent becomes infinite or not a number; ValueError for a sampler that the process has not.
     """
     # Noise: one generator per image, on the CPU, whose numbers are the same for every device.
     shape = (model.in_channels, model.input_size, model.input_size)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
-    def step_noise(i=None, x=None):
+    def step_noise(i, x):
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])  # (N, C, h, w)
         if y.is_cuda:  # pinned memory is copied without waiting for the GPU
             return noise.pin_memory().to(y.device, non_blocking=True)
         return noise.to(y.device)
 
+    # Whether each image is finite after each step; on the device, so that no step waits for it.
+    finite = []
+
+    def watch(i, x, pred_xstart):
+        finite.append(x.isfinite().flatten(1).all(1))  # (N,)
+        if on_step:
+            on_step(i, x, pred_xstart)
+
     # Steps: pixels are clipped to [-1, 1] on the way, latents have no such range.
     network = IntervalGuidance(model, diffusion.noise_levels(sampler), cfg_scale, guidance_interval)
-    kwargs = dict(model_kwargs=dict(y=y, cfg_channels=cfg_channels), clip_denoised=vae.vae is None,
-                  on_step=on_step)
+    settings = dict(model_kwargs=dict(y=y, cfg_channels=cfg_channels),
+                    clip_denoised=vae.vae is None, on_step=watch)
+    if sampler == "ddim":
+        settings["eta"] = eta
     # Autocast is entered once around all steps, so that it casts each weight only once.
     with torch.autocast(y.device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        noise = step_noise()
-        if sampler == "ddpm":
-            latents = diffusion.p_sample_loop(network, noise, step_noise=step_noise, **kwargs)
-        elif sampler == "ddim":
-            latents = diffusion.ddim_sample_loop(
-                network, noise, step_noise=step_noise, eta=eta, **kwargs)
-        elif sampler == "dpm++":
-            latents = diffusion.dpm_solver_sample_loop(network, noise, **kwargs)
-        else:
-            raise InputError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
+        noise = step_noise(None, None)  # (N, C, h, w)
+        latents = diffusion.sample(sampler, network, noise, step_noise, **settings)
 
-    # Latents become pixels.
+    # Latents become pixels, unless they would be black ones without a word.
+    check_finite(torch.stack(finite).cpu(), seeds)
     return vae.decode(latents)
 
 
@@ -144,8 +164,8 @@ def sampling_settings(args, model, cfg_scale):
     """The diffusion process and the keyword arguments of sample_images that the flags ask for.
 
     args: with the values of SAMPLING_FLAGS. Unset flags take what the model's metadata suggest
-    ("sampling"), else 250 steps and cfg_scale. InputError for values out of bounds, and for what
-    the model, the device or the schedule cannot do.
+    ("sampling"), else 250 steps and cfg_scale. InputError for values out of bounds, for what the
+    model, the device or the schedule cannot do, and for flags that would do nothing.
     """
     check_flags(args, SAMPLING_FLAGS)
     suggested = model.metadata.get("sampling", {})
@@ -169,8 +189,6 @@ def sampling_settings(args, model, cfg_scale):
     if args.cfg_channels is not None and args.cfg_channels > model.in_channels:
         raise InputError(f"--cfg-channels {args.cfg_channels}: the model has {model.in_channels} "
                          "channels")
-    if args.eta is not None and args.sampler != "ddim":
-        raise InputError(f"--eta {args.eta} with --sampler {args.sampler}: eta is for ddim alone")
     bf16_on_cuda = args.dtype == "bf16" and model.pos_embed.is_cuda
     if bf16_on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError(f"--dtype bf16: {torch.cuda.get_device_name()} has no bfloat16; "
@@ -179,9 +197,21 @@ def sampling_settings(args, model, cfg_scale):
     # DPM-Solver++ loses its order over uneven last strides: its steps trail, see space_timesteps.
     respacing = f"trailing{steps}" if args.sampler == "dpm++" else str(steps)
     diffusion = create_diffusion(respacing, learn_sigma=model.learn_sigma)
+
+    interval = parse_interval(args.guidance_interval)
+    levels = diffusion.noise_levels(args.sampler)
+    outside = interval and not any(interval[0] <= sigma <= interval[1] for sigma in levels)
+    off = scale == 1 and "does nothing at --cfg-scale 1, where guidance is off"
+    refuse_useless([
+        ("--eta", args.eta, args.sampler != "ddim" and "is for --sampler ddim alone"),
+        ("--cfg-channels", args.cfg_channels, off),
+        ("--guidance-interval", args.guidance_interval, off),
+        ("--guidance-interval", args.guidance_interval, outside and
+         f"has none of the steps' noise levels, {min(levels):.2g} to {max(levels):.4g}, in it"),
+    ])
     return diffusion, dict(
         cfg_scale=scale, sampler=args.sampler, eta=args.eta or 0.0, cfg_channels=args.cfg_channels,
-        guidance_interval=parse_interval(args.guidance_interval), dtype=args.dtype)
+        guidance_interval=interval, dtype=args.dtype)
 
 
 # -------------------------------------------------------------------------------------- the VAE
@@ -193,6 +223,10 @@ class Autoencoder:
     Without one, pixels in [-1, 1] are the latents. vae: a diffusers module or None; name: what
     --vae said, stored with checkpoints; channels: of the latents (without a VAE of the pixels, 1 or
     3); factor: image pixels per latent pixel. The VAE computes in float32, outside autocast.
+
+    Latents are scaled as diffusers' pipelines scale them, z = (x - shift) * scale, by entries of
+    the VAE's config: shift_factor and scaling_factor, or per channel, as Stable Diffusion XL does,
+    latents_mean and scaling_factor / latents_std. ValueError for a mixture of the two.
     """
 
     def __init__(self, vae=None, name="none", channels=3):
@@ -203,8 +237,7 @@ class Autoencoder:
         self.scale = 1.0
         self.shift = 0.0
         if vae is not None:
-            self.scale = vae.config.get("scaling_factor") or 1.0
-            self.shift = vae.config.get("shift_factor") or 0.0
+            self._read_scale(vae.config)
             # No config says both sizes for all kinds of autoencoder: a black image does.
             moments = self.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=vae.device))
             self.channels = moments.shape[1] // 2
@@ -212,7 +245,7 @@ class Autoencoder:
 
     @classmethod
     def load(cls, name, device="cpu", channels=3):
-        """The Autoencoder of a name; InputError when there is none, or it cannot be read.
+        """The Autoencoder of a name; InputError when there is none, or it cannot be used.
 
         name: "none", "ema" or "mse" (stabilityai/sd-vae-ft-*, a download), a hub id, or a folder of
         diffusers. channels: of the pixels, for "none".
@@ -221,21 +254,28 @@ class Autoencoder:
             return cls(channels=channels)
         import diffusers
 
-        quiet_hub()
-        source = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else str(name)
+        name = str(name)
+        source = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else name
+        cached = not os.path.exists(source) and not hub_answers()
         try:
-            # The class is named by a file, so it is looked up only among diffusers' networks.
-            config = diffusers.AutoencoderKL.load_config(source)
-            kind = getattr(diffusers, str(config["_class_name"]))
-            if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
-                raise ValueError(f"{config['_class_name']} is no network")
-            vae = kind.from_pretrained(source, torch_dtype=torch.float32)
+            # The class is named by a file that may be anybody's: only known ones are looked up.
+            config = diffusers.AutoencoderKL.load_config(source, local_files_only=cached)
+            kind = config["_class_name"]
+            if kind not in VAES:
+                raise ValueError(f"{kind} scales latents in a way of its own; supported are "
+                                 f"{', '.join(VAES)}")
+            vae = getattr(diffusers, kind).from_pretrained(
+                source, torch_dtype=torch.float32, local_files_only=cached)
+            if not all(parameter.isfinite().all() for parameter in vae.parameters()):
+                raise ValueError("its weights are not finite")
             return cls(vae.to(device).eval().requires_grad_(False), name)
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
+            if cached:
+                reason = f"{hub_address()} cannot be reached, and it was not downloaded before"
             raise InputError(
-                f"cannot load the VAE {source!r}: give ema, mse, a hub id (and a network), or a "
-                f"diffusers folder with config.json ({reason})") from error
+                f"cannot load the VAE {source!r}: give --vae ema, mse, a hub id (and a network), "
+                f"or a diffusers folder with config.json ({reason})") from error
 
     @torch.no_grad()
     def encode(self, images):
@@ -274,6 +314,19 @@ class Autoencoder:
         x = (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
         return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
 
+    def _read_scale(self, config):
+        self.scale = config.get("scaling_factor") or 1.0
+        self.shift = config.get("shift_factor") or 0.0
+        mean = config.get("latents_mean")
+        std = config.get("latents_std")
+        if mean is None and std is None:
+            return
+        if mean is None or std is None or self.shift:
+            raise ValueError("latents_mean goes with latents_std and without shift_factor")
+        device = self.vae.device
+        self.shift = torch.tensor(mean, device=device).view(-1, 1, 1)  # (C, 1, 1)
+        self.scale = self.scale / torch.tensor(std, device=device).view(-1, 1, 1)
+
     def _moments(self, x):
         posterior = self.vae.encode(x)
         if hasattr(posterior, "latent_dist"):
@@ -297,7 +350,7 @@ def load_vae(model, name=None, default="mse", device="cpu"):
 
     InputError when its latents have another number of channels than the model.
     """
-    name = name or model.metadata.get("vae", default)
+    name = name or model.metadata.get("vae") or default
     vae = Autoencoder.load(name, device, model.in_channels)
     if vae.vae is None:
         fits = vae.channels in (1, 3)
@@ -379,23 +432,25 @@ def make_grid(images, nrow, labels=None, row_labels=None):
 
 
 def save_grid(images, path, nrow, labels=None, metadata=None, row_labels=None):
-    """Write make_grid's picture as .png, .jpg or .webp.
+    """Write make_grid's picture as .jpg or .webp, else as PNG.
 
     metadata: a dict of str, for a PNG's text chunks. InputError when it cannot be written.
     """
+    kind = FORMATS.get(Path(path).suffix.lower(), "PNG")
     options = dict(quality=95)
-    if Path(path).suffix.lower() == ".png":
+    if kind == "PNG":
         options = dict(pnginfo=PngImagePlugin.PngInfo())
         for key, value in (metadata or {}).items():
             options["pnginfo"].add_text(key, str(value))
-    write_picture(path, make_grid(images, nrow, labels, row_labels), **options)
+    write_picture(path, make_grid(images, nrow, labels, row_labels), kind, **options)
 
 
 def save_trajectory(frames, path, nrow, labels=None):
     """Write uint8 frames (F, N, 3, H, W) as a .gif of grids that rests on its last."""
     first, *others = [make_grid(images, nrow, labels) for images in frames]
     durations = [80] * len(others) + [2000]  # milliseconds
-    write_picture(path, first, save_all=True, append_images=others, duration=durations, loop=0)
+    write_picture(
+        path, first, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
 
 def class_grid(model, diffusion, vae, per_class, seed, accelerator, **sampling):
@@ -521,6 +576,16 @@ def check_flags(args, flags):
         flag.check(args)
 
 
+def refuse_useless(rules):
+    """InputError for a flag that is given although it would do nothing.
+
+    rules: rows (flag, its value or None, why it does nothing, or False).
+    """
+    for name, value, reason in rules:
+        if value is not None and reason:
+            raise InputError(f"{name} {value} {reason}")
+
+
 def add_flags(parser, title, flags):
     """Give the parser a group of flags, each from its row."""
     group = parser.add_argument_group(title)
@@ -559,7 +624,7 @@ GRID_FLAGS = [  # sample_grid.py's own
          type=int),
     Flag("--vae", "ema, mse, a hub id, a diffusers folder, or none for pixels",
          shown="what the model was trained with, else mse"),
-    Flag("--class-labels", "classes by name or number, comma-separated",
+    Flag("--class-labels", "classes by name, number or WordNet id, comma-separated",
          shown="the official eight of ImageNet; for other data the first ten classes"),
     Flag("--images-per-class", "times to repeat the labels",
          shown="4 for the first ten classes, else 1", bounds=COUNT, type=int),
@@ -591,7 +656,7 @@ def choose_labels(args, model, names):
     """The labels, a list of ints, and the images in a row that the flags ask for."""
     per_class = args.images_per_class
     if args.class_labels is not None:
-        labels = [find_class(text, names) for text in args.class_labels.split(",")]
+        labels = parse_labels(args.class_labels, names, model_wnids(model))
     elif model.num_classes == 1000:
         labels = OFFICIAL_LABELS
     else:
@@ -605,8 +670,10 @@ def sweep_rows(args):
     """The arguments of each row of the picture, and the rows' names; one row without --sweep."""
     if args.sweep is None:
         return [args], None
-    if args.trajectory or args.nrow:
-        raise InputError("--sweep fills the rows of one picture: leave out --trajectory and --nrow")
+    refuse_useless([
+        ("--nrow", args.nrow, "does nothing with --sweep, which fills the rows"),
+        ("--trajectory", args.trajectory, "shows one setting: leave out --sweep"),
+    ])
     name, _, values = args.sweep.partition("=")
     readers = {flag.dest: flag.read for flag in SAMPLING_FLAGS if flag.dest in SWEEPABLE}
     rows = []
@@ -723,6 +790,44 @@ def quiet_hub():
     warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
 
 
+def hub_address():
+    """Where the hub is, without a user's name or password."""
+    from huggingface_hub import constants
+
+    return urlsplit(constants.ENDPOINT).hostname
+
+
+def hub_answers():
+    """Whether the hub answers within four seconds: its client by itself would try for 25.
+
+    In a thread, since looking up a name has no limit of time.
+    """
+    import huggingface_hub
+
+    quiet_hub()
+    answers = []
+
+    def ask():
+        with contextlib.suppress(Exception):  # whatever the client and its HTTP library raise
+            session = huggingface_hub.get_session()
+            answers.append(session.head(huggingface_hub.constants.ENDPOINT, timeout=4))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(4)
+    return bool(answers)
+
+
+def check_finite(finite, seeds):
+    """RankLocalError, naming seed and step, unless all of finite (steps, N) bool is true."""
+    if finite.all():
+        return
+    step, image = (~finite).nonzero()[0].tolist()  # the first by step
+    raise RankLocalError(
+        f"the image of seed {seeds[image]} is not finite after step {step + 1} of {len(finite)}: "
+        "the weights are damaged, or --cfg-scale or --dtype does not suit them")
+
+
 def parse_interval(text):
     """"0.3,5" -> [0.3, 5.0], None -> None; InputError for what is no interval of noise levels."""
     if text is None:
@@ -741,53 +846,104 @@ def parse_interval(text):
 def class_names(model):
     """A name for each class: from the model's metadata, ImageNet's for its thousand, or numbers."""
     names = model.metadata.get("class_names")
-    wnids = names and all(re.fullmatch(r"n\d{8}", name) for name in names)
-    if model.num_classes == 1000 and (not names or wnids):
+    if model.num_classes == 1000 and (not names or model_wnids(model)):
         from torchvision.models import ResNet18_Weights
 
         return ResNet18_Weights.DEFAULT.meta["categories"]
     return names or [str(c) for c in range(model.num_classes)]
 
 
-def find_class(text, names):
-    """The number of a class given by its name, a comma-separated synonym in it, or its number.
+def model_wnids(model):
+    """The WordNet id of each class, such as n01440764, if the metadata has them, else []."""
+    names = model.metadata.get("class_names") or []
+    return names if all(WNID.fullmatch(name) for name in names) else []
 
-    They are tried in this order. InputError, with the nearest names, when there is no such class.
+
+def parse_labels(text, names, wnids=()):
+    """The class numbers of comma-separated classes, each as in find_class.
+
+    Names may have commas themselves: the longest run of parts that is a whole name is one label.
     """
-    known = {}
-    for n in reversed(range(len(names))):  # of several classes with one name, the first is found
-        for word in (names[n], *names[n].split(",")):
-            known[word.strip().lower()] = n
-    key = text.strip().lower()
-    if key in known:
-        return known[key]
-    if key.isdecimal() and int(key) < len(names):
-        return int(key)
-    near = difflib.get_close_matches(key, known, 3)
-    near += [word for word in known if key and key in word]
-    near = ", ".join(f"{word} ({known[word]})" for word in dict.fromkeys(near[:4]))
-    raise InputError(f"no class {text!r}: " + (f"the nearest are {near}; " if near else "")
+    whole = {tuple(synonyms(name)) for name in names}
+    longest = max(map(len, whole))
+    parts = text.split(",")
+    labels = []
+    while parts:
+        runs = [n for n in range(2, longest + 1) if tuple(synonyms(",".join(parts[:n]))) in whole]
+        count = max(runs, default=1)
+        labels.append(find_class(",".join(parts[:count]), names, wnids))
+        parts = parts[count:]
+    return labels
+
+
+def find_class(text, names, wnids=()):
+    """The number of the one class that text means, by the first of these ways that finds any:
+
+    its whole name, to the letter; its whole name in any capitals; its number; one of the
+    comma-separated synonyms that a name consists of; its WordNet id. So a number is taken for a
+    name only where a class has exactly that name. InputError when the way finds several classes (a
+    bird and a machine are both called crane), or when none finds any, with the nearest names.
+    """
+    numbers = range(len(names))
+    text = " ".join(text.split())
+    words = synonyms(text)
+    ways = [
+        [n for n in numbers if " ".join(names[n].split()) == text],
+        [n for n in numbers if words and synonyms(names[n]) == words],
+        [n for n in numbers if text.isascii() and text.isdigit() and n == int(text)],
+        [n for n in numbers if text.lower() in synonyms(names[n])],
+        [n for n, wnid in enumerate(wnids) if wnid == text],
+    ]
+    found = next((way for way in ways if way), [])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        shown = " and ".join(f"{n} ({names[n]})" for n in found[:5])
+        raise InputError(f"{text!r} may be class {shown}: give its number")
+    if WNID.fullmatch(text) and not wnids:
+        raise InputError(f"no class {text!r}: these weights do not say the WordNet ids of their "
+                         f"classes; give a name, or a number from 0 to {len(names) - 1}")
+
+    # The nearest names: those that are spelled alike, then those that the text is a part of.
+    known = {word: n for n in reversed(numbers) for word in synonyms(names[n])}
+    near = difflib.get_close_matches(text.lower(), known, 3)
+    near += [word for word in known if text and text.lower() in word]
+    shown = ", ".join(f"{word} ({known[word]})" for word in dict.fromkeys(near[:4]))
+    raise InputError(f"no class {text!r}: " + (f"the nearest are {shown}; " if near else "")
                      + f"numbers go from 0 to {len(names) - 1}")
 
 
+def synonyms(name):
+    """The words between a name's commas, in small letters: "tench, Tinca tinca" has two."""
+    words = [" ".join(word.lower().split()) for word in name.split(",")]
+    return [word for word in words if word]
+
+
 def check_output(path, formats):
-    """InputError unless a file of one of these formats can be written there; leaves nothing."""
+    """InputError unless a file of one of these formats can be written there; leaves nothing.
+
+    A device or a pipe takes a picture whatever its name is.
+    """
     path = Path(path)
-    if path.suffix.lower() not in formats or path.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        return
+    if path.suffix.lower() not in formats or os.path.isdir(path):
         raise InputError(f"cannot write a picture to {path}: the name of a file must end in "
                          f"{', '.join(formats)}")
+    # The temporary name is as long as the one that will be written first.
+    name = dict(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}")
     try:
-        tempfile.TemporaryFile(dir=path.parent).close()
+        tempfile.NamedTemporaryFile(dir=path.parent, **name).close()
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}; choose an existing "
                          "folder") from error
 
 
-def write_picture(path, picture, **options):
-    """Write a PIL picture in the format that the path's suffix names, whole or not at all."""
+def write_picture(path, picture, kind, **options):
+    """Write a PIL picture in a format of PIL; what is written is bytes, so that pipes take it."""
     file = io.BytesIO()
-    picture.save(file, Image.registered_extensions()[Path(path).suffix.lower()], **options)
-    write_atomically(path, lambda temporary: temporary.write_bytes(file.getvalue()))
+    picture.save(file, kind, **options)
+    write_atomically(path, lambda target: target.write_bytes(file.getvalue()))
 
 
 if __name__ == "__main__":
