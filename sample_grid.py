@@ -9,11 +9,20 @@ Read dit.py and gaussian_diffusion.py first.
     python sample_grid.py --ckpt CKPT --guidance-interval 0.3,5      guide at these noise levels
     python sample_grid.py --ckpt CKPT --trajectory out.gif           the predicted x_0 at each step
     python sample_grid.py --ckpt CKPT --sweep cfg_scale=1,1.5,4      a row per value, the same noise
+    python sample_grid.py --ckpt SiT-XL-2-256x256.pt --objective sit --sampler sde
     accelerate launch --num_processes 8 sample_grid.py --ckpt CKPT   eight GPUs share the images
 
 CKPT is a run's folder, a weights file (ours, the official .pt, diffusers) or a name that downloads.
 A PNG remembers how it was made, in its text chunks "settings" and "command":
 python -c "from PIL import Image; print(Image.open('sample.png').text['command'])"
+
+In a notebook, with the settings that the run suggests:
+
+    from dit import load_checkpoint
+    from sample_grid import draw, make_grid
+    model = load_checkpoint("results/digits-DiT-Ti-2")
+    images = draw(model, [3, 1, 4, 1])
+    make_grid(images, nrow=4)
 """
 
 import argparse
@@ -50,9 +59,8 @@ from dit import (
     run_command,
     write_atomically,
 )
-from gaussian_diffusion import create_diffusion
+from gaussian_diffusion import OBJECTIVES, FlowMatching, GaussianDiffusion, create_process
 
-SAMPLERS = ("ddpm", "ddim", "dpm++")
 VAES = (  # of diffusers: those whose latents are scaled as their config says, see Autoencoder
     "AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKLHunyuanImage",
     "AutoencoderTiny", "VQModel",
@@ -64,12 +72,13 @@ SLICE_PIXELS = 512 * 512  # the VAE sees so many image pixels at a time: 512 px 
 
 
 @torch.no_grad()
-def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler="ddpm", eta=0.0,
+def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler=None, eta=0.0,
                   cfg_channels=None, guidance_interval=None, dtype="fp32", on_step=None):
     """Images of the labels y (N,), int64 on the model's device: uint8 (N, 3, H, W).
 
-    seeds: N ints; all noise of image i comes from seeds[i], so it is the same picture in any batch
-    and on any device, up to rounding. cfg_scale, cfg_channels: see DiT.forward_with_cfg.
+    diffusion: a GaussianDiffusion or FlowMatching; sampler: one of its samplers, by default its
+    first. seeds: N ints; all noise of image i comes from seeds[i], so it is the same picture in any
+    batch and on any device, up to rounding. cfg_scale, cfg_channels: see DiT.forward_with_cfg.
     guidance_interval: (low, high), see IntervalGuidance. eta: of the sampler ddim. dtype: "bf16"
     runs the network in bfloat16 autocast; the process and the VAE stay float32.
     on_step(i, x, pred_xstart) is called after each step. RankLocalError, naming seed and step, when
@@ -94,6 +103,7 @@ def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler="ddpm"
             on_step(i, x, pred_xstart)
 
     # Steps: pixels are clipped to [-1, 1] on the way, latents have no such range.
+    sampler = sampler or diffusion.samplers[0]
     network = IntervalGuidance(model, diffusion.noise_levels(sampler), cfg_scale, guidance_interval)
     settings = dict(model_kwargs=dict(y=y, cfg_channels=cfg_channels),
                     clip_denoised=vae.vae is None, on_step=watch)
@@ -114,7 +124,9 @@ class IntervalGuidance:
 
     Kynkaanniemi et al., 2024, "Applying guidance in a limited interval improves sample and
     distribution quality in diffusion models": guidance harms variety at high noise levels and does
-    nothing at low ones. Outside the interval a step costs one pass of the network in place of two.
+    nothing at low ones. A noise level sigma is noise relative to signal: sqrt((1 - abar) / abar) in
+    diffusion, (1 - t) / t in flow matching, whose velocity is guided as eps is. Outside the
+    interval a step costs one pass of the network in place of two.
 
     noise_levels: sigma of each call that will come, in their order (a process's noise_levels), from
     which all scales are made beforehand: asking the device for t would make every step wait.
@@ -173,6 +185,14 @@ def sampling_settings(args, model, cfg_scale):
     if steps is None:
         steps = suggested.get("num_sampling_steps", 250)
 
+    # The process is that which the weights were trained for; it knows its samplers.
+    objective = model.metadata.get("objective", "ddpm")
+    sampler = args.sampler or create_process(objective).samplers[0]
+    try:
+        diffusion = create_process(objective, sampler, steps, model.learn_sigma)
+    except ValueError as error:
+        raise InputError(f"--sampler {sampler} --num-sampling-steps {steps}: {error}") from error
+
     # Guidance needs a null class; a model without one is never guided unless asked to, which fails.
     can_guide = model.class_dropout_prob > 0
     scale = args.cfg_scale
@@ -194,24 +214,50 @@ def sampling_settings(args, model, cfg_scale):
         raise InputError(f"--dtype bf16: {torch.cuda.get_device_name()} has no bfloat16; "
                          "use --dtype fp32")
 
-    # DPM-Solver++ loses its order over uneven last strides: its steps trail, see space_timesteps.
-    respacing = f"trailing{steps}" if args.sampler == "dpm++" else str(steps)
-    diffusion = create_diffusion(respacing, learn_sigma=model.learn_sigma)
-
+    # Flags that would do nothing.
     interval = parse_interval(args.guidance_interval)
-    levels = diffusion.noise_levels(args.sampler)
+    levels = diffusion.noise_levels(sampler)
     outside = interval and not any(interval[0] <= sigma <= interval[1] for sigma in levels)
     off = scale == 1 and "does nothing at --cfg-scale 1, where guidance is off"
     refuse_useless([
-        ("--eta", args.eta, args.sampler != "ddim" and "is for --sampler ddim alone"),
+        ("--eta", args.eta, sampler != "ddim" and "is for --sampler ddim alone"),
         ("--cfg-channels", args.cfg_channels, off),
         ("--guidance-interval", args.guidance_interval, off),
         ("--guidance-interval", args.guidance_interval, outside and
          f"has none of the steps' noise levels, {min(levels):.2g} to {max(levels):.4g}, in it"),
     ])
     return diffusion, dict(
-        cfg_scale=scale, sampler=args.sampler, eta=args.eta or 0.0, cfg_channels=args.cfg_channels,
+        cfg_scale=scale, sampler=sampler, eta=args.eta or 0.0, cfg_channels=args.cfg_channels,
         guidance_interval=interval, dtype=args.dtype)
+
+
+def draw(model, labels, seed=0, vae=None, **overrides):
+    """Images of the labels, class numbers or names, for a notebook: uint8 (N, 3, H, W) on the CPU.
+
+    Image i comes from seed + i. vae: the model's own, if None. overrides: values of SAMPLING_FLAGS,
+    such as cfg_scale=2.0; the others are as the model's metadata suggest, guidance scale 4 if they
+    do not. TypeError for another name; InputError as the command line gives it.
+    """
+    flags = {flag.dest: flag.default for flag in SAMPLING_FLAGS}
+    for name in overrides:
+        if name not in flags:
+            raise TypeError(f"draw has no argument {name!r}: it takes {', '.join(flags)}")
+    diffusion, sampling = sampling_settings(
+        argparse.Namespace(**flags | overrides), model, cfg_scale=4.0)
+
+    device = model.pos_embed.device
+    vae = vae or load_vae(model, device=device)
+    names = class_names(model)
+    numbers = []
+    for label in labels:
+        if isinstance(label, str):
+            label = find_class(label, names, model_wnids(model))
+        numbers.append(label)
+    if not all(0 <= number < model.num_classes for number in numbers):
+        raise InputError(f"labels {labels}: classes go from 0 to {model.num_classes - 1}")
+    y = torch.tensor(numbers, device=device)
+    return sample_images(
+        model, diffusion, vae, y, range(seed, seed + len(y)), **sampling).cpu()
 
 
 # -------------------------------------------------------------------------------------- the VAE
@@ -367,10 +413,14 @@ def load_vae(model, name=None, default="mse", device="cpu"):
 def load_model(ckpt, args, device):
     """The model of --ckpt, its Autoencoder, and the size of its images in pixels.
 
-    InputError, naming the flag, when --model, --num-classes, --vae or --image-size differ from it.
+    args: with the values of MODEL_FLAGS and image_size. InputError, naming the flag, when they are
+    not those of the weights. --objective becomes metadata of a model that has none.
     """
     model = load_checkpoint(ckpt, device)
     check_config(model, ckpt, args.model, num_classes=args.num_classes)
+    objective = model.metadata.setdefault("objective", args.objective or "ddpm")
+    if args.objective not in (None, objective):
+        raise InputError(f"{ckpt} was trained with --objective {objective}, not {args.objective}")
     vae = load_vae(model, args.vae, "mse", device)
     size = model.input_size * vae.factor
     if args.image_size not in (None, size):
@@ -413,7 +463,7 @@ def make_grid(images, nrow, labels=None, row_labels=None):
         margin += max(math.ceil(font.getlength(text)) for text in row_labels) + 2 * gap
 
     canvas = Image.new("RGB", (margin + nrow * (width + gap), bottoms[-1]), "white")
-    draw = ImageDraw.Draw(canvas)
+    pen = ImageDraw.Draw(canvas)
     for i, image in enumerate(images):
         left = margin + i % nrow * (width + gap)
         top = bottoms[i // nrow + 1] - gap - height
@@ -424,10 +474,10 @@ def make_grid(images, nrow, labels=None, row_labels=None):
             text = labels[i]
             while font.getlength(text) > width:
                 text = text[:-2] + "\N{HORIZONTAL ELLIPSIS}"
-            draw.text((left, top - line), text, fill="black", font=font)
+            pen.text((left, top - line), text, fill="black", font=font)
     for row, text in enumerate(row_labels):
         middle = bottoms[row + 1] - gap - height // 2
-        draw.text((gap, middle), text, fill="black", font=font, anchor="lm")
+        pen.text((gap, middle), text, fill="black", font=font, anchor="lm")
     return canvas
 
 
@@ -549,16 +599,12 @@ class Flag:
             shown = shown or ("on" if default else "off")
         self.help = f"{help} (default: {default if shown is None else shown})"
 
-    def read(self, text):
-        """The value that the command line makes of text; ValueError when it would refuse it."""
-        value = self.options.get("type", str)(text)
-        if value not in self.options.get("choices", [value]):
-            raise ValueError(f"{self.name} has no {text!r}")
-        return value
-
     def check(self, args):
-        """InputError when the value in args is no number within the bounds."""
+        """InputError when the value in args is no choice, or no number within the bounds."""
         value = getattr(args, self.dest)
+        choices = self.options.get("choices")
+        if value is not None and choices and value not in choices:
+            raise InputError(f"{self.name} {value} must be one of {', '.join(choices)}")
         if value is None or self.bounds is None:
             return
         low, high = self.bounds
@@ -571,7 +617,7 @@ class Flag:
 
 
 def check_flags(args, flags):
-    """InputError when a value in args is out of its row's bounds."""
+    """InputError when a value in args is none that its row allows."""
     for flag in flags:
         flag.check(args)
 
@@ -596,7 +642,9 @@ def add_flags(parser, title, flags):
 
 COUNT = (1, math.inf)  # the bounds of what is counted
 SAMPLING_FLAGS = [  # shared by all three command lines
-    Flag("--sampler", "how to walk from noise to image", "ddpm", choices=SAMPLERS),
+    Flag("--sampler", f"how to walk from noise to image; {', '.join(FlowMatching.samplers)} are "
+         "for --objective flow and sit", shown="ddpm, or for flow and sit euler",
+         choices=(*GaussianDiffusion.samplers, *FlowMatching.samplers)),
     Flag("--num-sampling-steps", "steps of the sampler", shown="50 for digits, else 250",
          bounds=(1, 1000), type=int),
     Flag("--eta", "noise of --sampler ddim: 0 none, 1 as much as DDPM", shown="0", bounds=(0, 1),
@@ -606,24 +654,30 @@ SAMPLING_FLAGS = [  # shared by all three command lines
          bounds=(-math.inf, math.inf), type=float),
     Flag("--cfg-channels", "guide the first N channels only; 3 is what the official code does",
          shown="all", bounds=COUNT, type=int, metavar="N"),
-    Flag("--guidance-interval", "guide only at noise levels sigma = sqrt((1-abar)/abar) from LOW "
-         "to HIGH; the process has 0.01 to 157", shown="all", metavar="LOW,HIGH"),
+    Flag("--guidance-interval", "guide only at noise levels sigma from LOW to HIGH: "
+         "sqrt((1-abar)/abar) in diffusion, which has 0.01 to 157, (1-t)/t in flow matching",
+         shown="all", metavar="LOW,HIGH"),
     Flag("--dtype", "the network's precision while sampling; bf16 is autocast", "fp32",
          choices=("fp32", "bf16")),
     Flag("--tf32", "TensorFloat-32 matrix products on NVIDIA GPUs: faster, ten bits of mantissa",
          True),
 ]
-SWEEPABLE = ("cfg_scale", "num_sampling_steps", "eta", "sampler")
-GRID_FLAGS = [  # sample_grid.py's own
-    Flag("--ckpt", "a run's folder, a weights file, or a name that downloads",
-         shown="DiT-XL/2-{image size}"),
+MODEL_FLAGS = [  # what load_model reads: shared with evaluate.py
     Flag("--model", "check that the weights are of this model", shown="whatever they are"),
-    Flag("--image-size", "check the size of the images, in pixels; without --ckpt 256 or 512 "
-         "chooses the weights", shown="the weights' own, else 256", bounds=COUNT, type=int),
     Flag("--num-classes", "check the number of classes", shown="the weights' own", bounds=COUNT,
          type=int),
     Flag("--vae", "ema, mse, a hub id, a diffusers folder, or none for pixels",
          shown="what the model was trained with, else mse"),
+    Flag("--objective", "what the network was trained to predict: sit for SiT's own files, which "
+         "do not say it", shown="the weights' own, else ddpm", choices=OBJECTIVES),
+]
+SWEEPABLE = ("cfg_scale", "num_sampling_steps", "eta", "sampler")
+GRID_FLAGS = [  # sample_grid.py's own
+    Flag("--ckpt", "a run's folder, a weights file, or a name that downloads",
+         shown="DiT-XL/2-{image size}"),
+    Flag("--image-size", "check the size of the images, in pixels; without --ckpt 256 or 512 "
+         "chooses the weights", shown="the weights' own, else 256", bounds=COUNT, type=int),
+    *MODEL_FLAGS,
     Flag("--class-labels", "classes by name, number or WordNet id, comma-separated",
          shown="the official eight of ImageNet; for other data the first ten classes"),
     Flag("--images-per-class", "times to repeat the labels",
@@ -670,21 +724,24 @@ def sweep_rows(args):
     """The arguments of each row of the picture, and the rows' names; one row without --sweep."""
     if args.sweep is None:
         return [args], None
-    refuse_useless([
-        ("--nrow", args.nrow, "does nothing with --sweep, which fills the rows"),
-        ("--trajectory", args.trajectory, "shows one setting: leave out --sweep"),
-    ])
     name, _, values = args.sweep.partition("=")
-    readers = {flag.dest: flag.read for flag in SAMPLING_FLAGS if flag.dest in SWEEPABLE}
+    flags = {flag.dest: flag for flag in SAMPLING_FLAGS if flag.dest in SWEEPABLE}
     rows = []
     for text in values.split(","):
         row = copy.copy(args)
         try:
-            setattr(row, name, readers[name](text))
+            read = flags[name].options.get("type", str)
+            setattr(row, name, read(text))
         except (KeyError, ValueError):
             raise InputError(f"--sweep {args.sweep}: give a name of {', '.join(SWEEPABLE)} and "
                              "values, such as cfg_scale=1,1.5,4") from None
+        flags[name].check(row)
         rows.append(row)
+    refuse_useless([
+        (flags[name].name, getattr(args, name), "does nothing beside --sweep, which varies it"),
+        ("--nrow", args.nrow, "does nothing with --sweep, which fills the rows"),
+        ("--trajectory", args.trajectory, "shows one setting: leave out --sweep"),
+    ])
     title = name.removeprefix("num_").replace("_", " ")
     return rows, [f"{title} {text}" for text in values.split(",")]
 
@@ -695,9 +752,9 @@ def describe(args, ckpt, vae, diffusion, sampling):
     The command draws the picture again.
     """
     settings = {name: value for name, value in vars(args).items() if value is not None}
-    settings |= dict(ckpt=ckpt, vae=vae.name)
+    settings |= dict(ckpt=ckpt, vae=vae.name, objective=diffusion.objective)
     if not args.sweep:  # it may vary these
-        settings |= dict(num_sampling_steps=diffusion.num_timesteps,
+        settings |= dict(num_sampling_steps=diffusion.num_timesteps, sampler=sampling["sampler"],
                          cfg_scale=sampling["cfg_scale"])
     for name in ("output", "trajectory", "per_proc_batch_size"):
         settings.pop(name, None)
@@ -829,12 +886,12 @@ def check_finite(finite, seeds):
 
 
 def parse_interval(text):
-    """"0.3,5" -> [0.3, 5.0], None -> None; InputError for what is no interval of noise levels."""
+    """"0.3,5" or (0.3, 5) -> [0.3, 5.0], None -> None; InputError for no such interval."""
     if text is None:
         return None
     try:
-        low, high = (float(value) for value in text.split(","))
-    except ValueError:
+        low, high = (float(v) for v in (text.split(",") if isinstance(text, str) else text))
+    except (TypeError, ValueError):
         raise InputError(f"--guidance-interval {text}: give two noise levels, such as 0.3,5"
                          ) from None
     if not 0 <= low <= high:

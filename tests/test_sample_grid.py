@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 import sample_grid
-from dit import DiT, InputError, RankLocalError, save_checkpoint
-from gaussian_diffusion import create_diffusion
+from dit import DiT, InputError, RankLocalError, load_checkpoint, save_checkpoint
+from gaussian_diffusion import FlowMatching, create_diffusion
 from sample_grid import (
     Autoencoder,
     class_grid,
@@ -262,9 +262,11 @@ def test_vae_must_fit_the_model(kl_folder):
 # ---------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "euler", "heun", "sde"])
 def test_an_image_does_not_depend_on_its_company(sampler):
     model, diffusion, vae = small_dit(), create_diffusion("5"), Autoencoder(channels=1)
+    if sampler not in diffusion.samplers:
+        diffusion = FlowMatching(5)
     settings = dict(cfg_scale=2.0, sampler=sampler, eta=0.5)
     together = sample_images(model, diffusion, vae, torch.tensor([0, 1, 2, 3, 1]), [7, 8, 9, 10, 7],
                              **settings)
@@ -300,6 +302,32 @@ def test_guidance_interval_saves_the_second_pass():
     assert torch.equal(images[1000.0, 2000.0], plain)
     assert not torch.equal(images[0.3, 5.0], plain)
     assert not torch.equal(images[0.3, 5.0], images[None])
+
+
+@pytest.mark.parametrize(("sampler", "times"), [
+    ("euler", [0, 0.25, 0.5, 0.75]), ("sde", [0, 0.32, 0.64, 0.96]),
+    ("heun", [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1])])
+def test_guidance_interval_of_a_flow(sampler, times):
+    """Noise levels (1 - t) / t, here from 1/3 to 3: t from 0.25 to 0.75."""
+    model, flow, batches = small_dit(), FlowMatching(4), []
+    model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    sample_images(model, flow, Autoencoder(channels=1), torch.tensor([1, 2]), [0, 1], cfg_scale=3.0,
+                  sampler=sampler, guidance_interval=(0.333, 3.0))
+    assert batches == [4 if 0.25 <= t <= 0.75 else 2 for t in times]
+
+
+def test_guidance_acts_on_the_velocity():
+    model, vae, y = small_dit(in_channels=3), Autoencoder(channels=3), torch.tensor([1, 2])
+    null = torch.full_like(y, 4)
+    noise = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed))
+                         for seed in (0, 1)])
+    with torch.no_grad():  # one step of Euler, from t = 0, which the network sees as 1000
+        t = torch.full((2,), 1000.0)
+        velocity, velocity_null = model(noise, t, y)[:, :3], model(noise, t, null)[:, :3]
+    velocity[:, :2] = velocity_null[:, :2] + 2.0 * (velocity[:, :2] - velocity_null[:, :2])
+    expected = vae.decode((noise + velocity).clamp(-1, 1))
+    drawn = sample_images(model, FlowMatching(1), vae, y, [0, 1], cfg_scale=2.0, cfg_channels=2)
+    assert (drawn.int() - expected.int()).abs().max() <= 1
 
 
 def test_bf16_runs_the_network_alone_in_bf16():
@@ -492,6 +520,57 @@ def test_dpm_solver_takes_trailing_steps(ckpt, tmp_path):
     assert np.array_equal(drawn, expected.permute(0, 2, 3, 1).numpy())
 
 
+@pytest.mark.parametrize(("objective", "flags", "sampler"), [
+    ("flow", [], "euler"), ("flow", ["--sampler", "heun"], "heun"),
+    ("sit", ["--sampler", "sde"], "sde"), (None, ["--objective", "sit"], "euler"),
+    (None, ["--objective", "flow"], "euler")])
+def test_sampling_follows_the_objective(tmp_path, objective, flags, sampler):
+    path = tmp_path / "a.safetensors"
+    weights = save_small(path, dict(objective=objective) if objective else None)
+    image = draw(weights, tmp_path, "--class-labels", "1,2", "--no-captions", *flags, steps=4)
+    flow = FlowMatching(4, "sit" if "sit" in (objective, *flags) else "ddpm")
+    expected = sample_images(small_dit(), flow, Autoencoder(channels=1), torch.tensor([1, 2]),
+                             [0, 1], cfg_scale=4.0, sampler=sampler)
+    assert np.array_equal(cells(image, 2), expected.permute(0, 2, 3, 1).numpy())
+    settings = json.loads(image.text["settings"])
+    assert (settings["objective"], settings["sampler"]) == (flow.objective, sampler)
+    words = shlex.split(image.text["command"])[2:]
+    sample_grid.main(sample_grid.parse_args([*words, "--output", str(tmp_path / "again.png")]))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(image))
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--sampler", "ddim"], "flow has no sampler 'ddim': use one of euler, heun, sde"),
+    (["--sampler", "euler", "--eta", "0.5"], "ddim alone"),
+    (["--objective", "ddpm"], "was trained with --objective flow, not ddpm")])
+def test_what_a_flow_refuses(tmp_path, flags, words):
+    flow = save_small(tmp_path / "flow.safetensors", dict(objective="flow"))
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert words in refused(flow, folder, *flags)
+
+
+def test_a_notebook_draws_with_the_settings_of_the_run(tmp_path):
+    suggested = dict(num_sampling_steps=2, cfg_scale=1.5)
+    path = save_small(tmp_path / "a.safetensors", dict(sampling=suggested))
+    model = load_checkpoint(path)
+    images = sample_grid.draw(model, [3, "tench", 1], seed=5)
+    expected = sample_images(small_dit(), create_diffusion("2"), Autoencoder(channels=1),
+                             torch.tensor([3, 0, 1]), [5, 6, 7], cfg_scale=1.5)
+    assert torch.equal(images, expected)
+    assert make_grid(images, nrow=3).size == (2 + 3 * 66, 2 + 66)
+    other = sample_grid.draw(model, [3, 0, 1], seed=5, cfg_scale=3.0, guidance_interval=(0.1, 200))
+    assert not torch.equal(other, images)
+    for labels, overrides, words in (([4], {}, "from 0 to 3"), ([-1], {}, "from 0 to 3"),
+                                     (["dog"], {}, "no class 'dog'"),
+                                     ([0], dict(dtype="fp8"), "--dtype fp8 must be one of"),
+                                     ([0], dict(num_sampling_steps=0), "1 or more")):
+        with pytest.raises(InputError, match=words):
+            sample_grid.draw(model, labels, **overrides)
+    with pytest.raises(TypeError, match="no argument 'steps'"):
+        sample_grid.draw(model, [0], steps=5)
+
+
 def test_eta_changes_ddim(ckpt, tmp_path):
     images = [cells(draw(ckpt, tmp_path, "--class-labels", "1", "--sampler", "ddim",
                          "--no-captions", *eta), 1)
@@ -679,7 +758,10 @@ def test_official_command_lines(tmp_path, kl_folder, monkeypatch):
     (["--sweep", "depth=1,2"], "cfg_scale"),
     (["--sweep", "cfg_scale"], "values"), (["--sweep", "cfg_scale=a"], "values"),
     (["--sweep", "cfg_scale=1,2", "--nrow", "2"], "--nrow"),
-    (["--sweep", "sampler=euler"], "euler"),
+    (["--sweep", "sampler=euler"], "ddpm has no sampler 'euler'"),
+    (["--sampler", "heun"], "ddpm has no sampler 'heun': use one of ddpm"),
+    (["--sweep", "sampler=plms"], "--sampler plms must be one of ddpm"),
+    (["--sweep", "cfg_scale=1,2", "--cfg-scale", "4"], "which varies it"),
     (["--sweep", "num_sampling_steps=5,2000"], "2000"), (["--model", "DiT-Q/2"], "DiT-XL/2"),
     (["--model", "DiT-L/4"], "not 24"), (["--image-size", "256"], "8 px, not 256"),
     (["--num-classes", "10"], "num_classes 4, not 10"),
