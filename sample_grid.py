@@ -151,6 +151,7 @@ def sample_shared(model, diffusion, vae, y, seeds, accelerator, batch_size=32, t
     """
     mine = range(accelerator.process_index, len(y), accelerator.num_processes)
     made = []  # (i, the frames of image i), for the images of this process
+    # Each batch keeps what the trajectory asks for, decoded at once: latents of all steps are many.
     for start in range(0, len(mine), batch_size):
         part = list(mine[start : start + batch_size])
         frames = []
@@ -300,24 +301,25 @@ class Autoencoder:
             return cls(channels=channels)
         import diffusers
 
+        # A hub that does not answer is asked no more: what was downloaded before is used.
         name = str(name)
         source = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else name
-        cached = not os.path.exists(source) and not hub_answers()
+        offline = not os.path.exists(source) and not hub_answers()
         try:
             # The class is named by a file that may be anybody's: only known ones are looked up.
-            config = diffusers.AutoencoderKL.load_config(source, local_files_only=cached)
+            config = diffusers.AutoencoderKL.load_config(source, local_files_only=offline)
             kind = config["_class_name"]
             if kind not in VAES:
                 raise ValueError(f"{kind} scales latents in a way of its own; supported are "
                                  f"{', '.join(VAES)}")
             vae = getattr(diffusers, kind).from_pretrained(
-                source, torch_dtype=torch.float32, local_files_only=cached)
+                source, torch_dtype=torch.float32, local_files_only=offline)
             if not all(parameter.isfinite().all() for parameter in vae.parameters()):
                 raise ValueError("its weights are not finite")
             return cls(vae.to(device).eval().requires_grad_(False), name)
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-            if cached:
+            if offline and isinstance(error, OSError):
                 reason = f"{hub_address()} cannot be reached, and it was not downloaded before"
             raise InputError(
                 f"cannot load the VAE {source!r}: give --vae ema, mse, a hub id (and a network), "
@@ -554,16 +556,13 @@ def main(args):
     steps = batches * sum(diffusion.num_timesteps for diffusion, _ in settings)
     drawn = []
     with ProgressBar(accelerator, "sampling", steps) as progress:
-        def on_step(i, x, pred_xstart):
-            progress.advance()
-
         for diffusion, sampling in settings:
             kept = ()
             if args.trajectory:
                 kept = set(np.linspace(diffusion.num_timesteps - 1, 1, 40).round())
             drawn.append(sample_shared(
                 model, diffusion, vae, y, seeds, accelerator, args.per_proc_batch_size, kept,
-                on_step, **sampling))
+                on_step=lambda i, x, pred_xstart: progress.advance(), **sampling))
 
     # 4. One process writes the picture.
     if accelerator.is_main_process:
@@ -727,6 +726,7 @@ def sweep_rows(args):
     name, _, values = args.sweep.partition("=")
     flags = {flag.dest: flag for flag in SAMPLING_FLAGS if flag.dest in SWEEPABLE}
     rows = []
+    # A value is read and checked as if its own flag had been given.
     for text in values.split(","):
         row = copy.copy(args)
         try:
@@ -737,6 +737,7 @@ def sweep_rows(args):
                              "values, such as cfg_scale=1,1.5,4") from None
         flags[name].check(row)
         rows.append(row)
+    # What the rows leave no place for.
     refuse_useless([
         (flags[name].name, getattr(args, name), "does nothing beside --sweep, which varies it"),
         ("--nrow", args.nrow, "does nothing with --sweep, which fills the rows"),
@@ -947,10 +948,11 @@ def find_class(text, names, wnids=()):
     ways = [
         [n for n in numbers if " ".join(names[n].split()) == text],
         [n for n in numbers if words and synonyms(names[n]) == words],
-        [n for n in numbers if text.isascii() and text.isdigit() and n == int(text)],
+        [n for n in numbers if text and str(n) == (text.lstrip("0") or "0")],
         [n for n in numbers if text.lower() in synonyms(names[n])],
         [n for n, wnid in enumerate(wnids) if wnid == text],
     ]
+    # The first way that finds classes decides: an ambiguous name does not fall through to the next.
     found = next((way for way in ways if way), [])
     if len(found) == 1:
         return found[0]
@@ -982,7 +984,7 @@ def check_output(path, formats):
     A device or a pipe takes a picture whatever its name is.
     """
     path = Path(path)
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+    if is_device(path):
         return
     if path.suffix.lower() not in formats or os.path.isdir(path):
         raise InputError(f"cannot write a picture to {path}: the name of a file must end in "
@@ -997,10 +999,24 @@ def check_output(path, formats):
 
 
 def write_picture(path, picture, kind, **options):
-    """Write a PIL picture in a format of PIL; what is written is bytes, so that pipes take it."""
+    """Write a PIL picture in a format of PIL, whole or not at all; a device or a pipe is kept.
+
+    Raises RankLocalError when the system refuses.
+    """
     file = io.BytesIO()
     picture.save(file, kind, **options)
-    write_atomically(path, lambda target: target.write_bytes(file.getvalue()))
+    if not is_device(path):
+        write_atomically(path, lambda temporary: temporary.write_bytes(file.getvalue()))
+        return
+    try:
+        Path(path).write_bytes(file.getvalue())
+    except OSError as error:
+        raise RankLocalError(f"cannot write {path}: {error}") from error
+
+
+def is_device(path):
+    """Whether path is a device, a pipe or a link to one: what is written through, not replaced."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 if __name__ == "__main__":

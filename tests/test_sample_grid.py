@@ -1,5 +1,7 @@
 """Pictures: the VAE wrapper, sampling, and every flag of sample_grid.py seen in its pixels."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -7,12 +9,15 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import sample_grid
@@ -28,6 +33,7 @@ from sample_grid import (
     model_wnids,
     parse_labels,
     sample_images,
+    synonyms,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -404,6 +410,31 @@ def test_classes_by_name_synonym_and_number():
     for text in ("4", "-1", "", "2.0", "\N{SUPERSCRIPT TWO}"):
         with pytest.raises(InputError, match="0 to 3"):
             find_class(text, NAMES)
+
+
+words = st.text(st.characters(categories=["Ll", "Lu", "Nd", "Zs"]), min_size=1, max_size=8).filter(
+    str.strip)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.lists(words, min_size=1, max_size=3).map(", ".join), min_size=1, max_size=8),
+       st.data())
+def test_classes_are_found_by_their_names_or_said_why_not(names, data):
+    number = data.draw(st.integers(0, len(names) - 1))
+    spoken = data.draw(st.sampled_from([names[number], *names[number].split(","), str(number)]))
+    key = " ".join(spoken.split())
+    whole = [n for n, name in enumerate(names) if " ".join(name.split()) == key]
+    having = [n for n, name in enumerate(names) if key.lower() in synonyms(name)]
+    if len(whole) == 1:
+        assert find_class(f" {spoken} ", names) == whole[0]  # to the letter, before all else
+    elif key.isascii() and key.isdigit() and int(key) < len(names) and not whole:
+        with contextlib.suppress(InputError):  # two classes that differ by capitals
+            assert find_class(spoken, names) in (int(key), *having)
+    elif len(set(having)) > 1 or len(whole) > 1:
+        with contextlib.suppress(InputError):
+            assert find_class(spoken, names) in having
+    else:
+        assert find_class(spoken, names) == number
 
 
 @pytest.mark.parametrize(("text", "labels"), [
@@ -796,6 +827,24 @@ def test_the_stored_command_works_with_spaces(tmp_path):
     words = shlex.split(first.text["command"])[2:]
     sample_grid.main(sample_grid.parse_args([*words, "--output", str(tmp_path / "again.png")]))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(first))
+
+
+def test_pipes_and_devices_are_written_through(ckpt, tmp_path):
+    exact = draw(ckpt, tmp_path, "--class-labels", "1", output="exact.png")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with ThreadPoolExecutor() as pool:
+        for name in ("pipe", "link"):
+            received = pool.submit((tmp_path / name).read_bytes)
+            command = sample_grid.parse_args([
+                "--ckpt", ckpt, "--class-labels", "1", "--num-sampling-steps", "3", "--output",
+                str(tmp_path / name)])
+            sample_grid.main(command)
+            picture = Image.open(io.BytesIO(received.result()))
+            assert np.array_equal(np.asarray(picture), np.asarray(exact))
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    sample_grid.save_grid(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), os.devnull, 1)
+    assert Path(os.devnull).is_char_device()
 
 
 def test_output_folder_must_be_writable(tmp_path):
