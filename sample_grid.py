@@ -299,13 +299,17 @@ class Autoencoder:
         """
         if name in (None, "none"):
             return cls(channels=channels)
-        import diffusers
+        from huggingface_hub import try_to_load_from_cache
 
         # A hub that does not answer is asked no more: what was downloaded before is used.
         name = str(name)
         source = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else name
         offline = not os.path.exists(source) and not hub_answers()
         try:
+            if offline and not try_to_load_from_cache(source, "config.json"):
+                raise OSError("it was not downloaded before")
+            import diffusers  # takes seconds
+
             # The class is named by a file that may be anybody's: only known ones are looked up.
             config = diffusers.AutoencoderKL.load_config(source, local_files_only=offline)
             kind = config["_class_name"]
