@@ -1,21 +1,28 @@
-"""Pictures: the VAE wrapper, sampling, and every flag of sample_grid.py seen in the pixels it makes."""
+"""Pictures: the VAE wrapper, sampling, and every flag of sample_grid.py seen in its pixels."""
 
+import contextlib
+import io
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import sample_grid
-from dit import DiT, InputError, save_checkpoint
-from gaussian_diffusion import create_diffusion
+from dit import DiT, InputError, RankLocalError, load_checkpoint, save_checkpoint
+from gaussian_diffusion import FlowMatching, create_diffusion
 from sample_grid import (
     Autoencoder,
     class_grid,
@@ -23,7 +30,10 @@ from sample_grid import (
     find_class,
     load_vae,
     make_grid,
+    model_wnids,
+    parse_labels,
     sample_images,
+    synonyms,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +44,8 @@ TEN = [str(c) for c in range(10)]
 def small_dit(**overrides):
     """A DiT whose output depends on all of its inputs: random weights in place of the zero ones."""
     torch.manual_seed(0)
-    config = dict(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=4)
+    config = dict(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2,
+                  num_classes=4)
     model = DiT(**config | overrides).eval()
     for name, parameter in model.named_parameters():
         if name != "pos_embed":
@@ -43,7 +54,8 @@ def small_dit(**overrides):
 
 
 def save_small(path, metadata=None, **overrides):
-    save_checkpoint(path, small_dit(**overrides), **dict(vae="none", class_names=NAMES) | (metadata or {}))
+    metadata = dict(vae="none", class_names=NAMES) | (metadata or {})
+    save_checkpoint(path, small_dit(**overrides), **metadata)
     return str(path)
 
 
@@ -58,7 +70,8 @@ def kl_folder(tmp_path_factory):
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("kl")
-    AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
+    AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4,
+                  scaling_factor=0.5,
                   shift_factor=0.1, down_block_types=["DownEncoderBlock2D"] * 2,
                   up_block_types=["UpDecoderBlock2D"] * 2).save_pretrained(folder)
     return str(folder)
@@ -66,18 +79,21 @@ def kl_folder(tmp_path_factory):
 
 def draw(ckpt, folder, *flags, steps=3, output="out.png"):
     """Run the command line in this process; the picture it wrote, as PIL image."""
-    steps = [] if any("num-sampling-steps" in str(f) or "num_sampling" in str(f) for f in flags) else [steps]
-    words = ["--ckpt", ckpt, "--output", folder / output, *flags, *(["--num-sampling-steps", *steps] if steps else [])]
+    steps = [] if any("num-sampling-steps" in str(f) or "num_sampling" in str(f)
+                      for f in flags) else [steps]
+    words = ["--ckpt", ckpt, "--output", folder / output, *flags,
+             *(["--num-sampling-steps", *steps] if steps else [])]
     sample_grid.main(sample_grid.parse_args([str(word) for word in words]))
     return Image.open(folder / output)
 
 
 def cells(image, columns, rows=1, captions=False, margin=2):
-    """The 64 x 64 cells of a grid of enlarged 8 x 8 images, back at 8 x 8: (rows * columns, 8, 8, 3)."""
+    """The cells of a grid of enlarged 8 x 8 images, back at 8 x 8: (rows * columns, 8, 8, 3)."""
     pixels, out, top = np.asarray(image.convert("RGB")), [], 2
     for _ in range(rows):
         top += 13 if captions else 0
-        out += [pixels[top : top + 64 : 8, margin + c * 66 : margin + c * 66 + 64 : 8] for c in range(columns)]
+        out += [pixels[top : top + 64 : 8, margin + c * 66 : margin + c * 66 + 64 : 8]
+                for c in range(columns)]
         top += 66
     return np.stack(out)
 
@@ -89,7 +105,7 @@ def refused(ckpt, folder, *flags):
     return str(error.value)
 
 
-# ------------------------------------------------------------------------------------------ the VAE
+# ----------------------------------------------------------------------------------------- the VAE
 
 
 def test_pixels_are_their_own_latents():
@@ -112,17 +128,22 @@ def test_kl_autoencoder_encodes_samples_and_decodes(kl_folder):
 
     vae, reference = Autoencoder.load(kl_folder), AutoencoderKL.from_pretrained(kl_folder)
     assert (vae.name, vae.channels, vae.factor, vae.scale, vae.shift) == (kl_folder, 4, 2, 0.5, 0.1)
-    images = torch.randint(256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images = torch.randint(256, (3, 3, 16, 16),
+                           generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     moments = vae.encode(images)
     posterior = reference.encode(images / 127.5 - 1).latent_dist
-    torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.logvar], 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.logvar], 1), rtol=1e-4,
+                               atol=1e-5)
     noise = torch.randn(3, 4, 8, 8)
     latents = vae.sample(moments, noise=noise)
-    torch.testing.assert_close(latents, (posterior.mean + posterior.std * noise - 0.1) * 0.5, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(latents, (posterior.mean + posterior.std * noise - 0.1) * 0.5,
+                               rtol=1e-4, atol=1e-5)
     decoded = reference.decode(latents / 0.5 + 0.1).sample
-    difference = vae.decode(latents).int() - (127.5 * decoded + 128).clamp(0, 255).to(torch.uint8).int()
+    expected = (127.5 * decoded + 128).clamp(0, 255).to(torch.uint8)
+    difference = vae.decode(latents).int() - expected.int()
     assert difference.abs().max() <= 1 and vae.decode(latents).dtype == torch.uint8
-    drawn = [vae.sample(moments, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    drawn = [vae.sample(moments, generator=torch.Generator().manual_seed(seed))
+             for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
@@ -143,21 +164,93 @@ def test_vae_works_in_slices_in_float32(kl_folder, monkeypatch):
 def test_autoencoder_without_a_distribution(tmp_path):
     from diffusers import AutoencoderTiny
 
-    AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+    AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+                    num_encoder_blocks=(1, 1),
                     num_decoder_blocks=(1, 1)).save_pretrained(tmp_path)
     vae = Autoencoder.load(str(tmp_path))
-    assert (type(vae.vae).__name__, vae.channels, vae.factor, vae.scale) == ("AutoencoderTiny", 4, 2, 1.0)
+    assert type(vae.vae).__name__ == "AutoencoderTiny"
+    assert (vae.channels, vae.factor, vae.scale) == (4, 2, 1.0)
     images = torch.randint(256, (2, 3, 16, 16)).to(torch.uint8)
     moments = vae.encode(images)
     assert moments.shape == (2, 8, 8, 8)
-    torch.testing.assert_close(vae.sample(moments), vae.vae.encode(images / 127.5 - 1).latents, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vae.sample(moments), vae.vae.encode(images / 127.5 - 1).latents,
+                               atol=1e-4, rtol=1e-4)
     assert vae.decode(vae.sample(moments)).shape == images.shape
+
+
+STATISTICS = dict(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 2.0, 1.5, 3.0])
+
+
+def kl_with(folder, **config):
+    """A small AutoencoderKL's folder, its config.json changed."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
+                  ).save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return str(folder)
+
+
+def test_latents_are_normalised_per_channel_as_diffusers_pipelines_do(tmp_path):
+    vae = Autoencoder.load(kl_with(tmp_path, **STATISTICS))
+    images = torch.randint(256, (2, 3, 16, 16)).to(torch.uint8)
+    latents = vae.sample(vae.encode(images), noise=torch.zeros(()))
+    mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in STATISTICS.values())
+    # StableDiffusionXLImg2ImgPipeline.prepare_latents, StableDiffusionXLPipeline.__call__
+    expected = (vae.vae.encode(images / 127.5 - 1).latent_dist.mean - mean) * 0.5 / std
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
+    pixels = vae.vae.decode(latents * std / 0.5 + mean).sample
+    expected = (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
+    assert (vae.decode(latents).int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("config", "words"), [
+    (STATISTICS | dict(shift_factor=0.1), "without shift_factor"),
+    (dict(latents_mean=[0.0] * 4), "latents_mean goes with latents_std"),
+    (dict(_class_name="AutoencoderRAE"), "AutoencoderRAE scales latents in a way of its own"),
+    (dict(_class_name="AutoencoderKLWan"), "AutoencoderKLWan scales"),
+    (dict(_class_name="DiTTransformer2DModel"), "supported are AutoencoderKL")])
+def test_vaes_of_unknown_scale_are_refused_by_name(tmp_path, config, words):
+    with pytest.raises(InputError, match=words):
+        Autoencoder.load(kl_with(tmp_path, **config))
+
+
+def test_a_vae_that_is_not_finite_is_refused(tmp_path):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    vae.decoder.conv_in.bias.data[0] = math.nan
+    vae.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="not finite"):
+        Autoencoder.load(tmp_path)
+
+
+def test_a_pipelines_own_vae_is_used(kl_folder):
+    model = small_dit(in_channels=4)
+    model.metadata = dict(vae=Path(kl_folder))
+    assert load_vae(model).name == kl_folder and load_vae(model, "").name == kl_folder
+
+
+def test_without_a_network_vaes_are_refused_soon(monkeypatch):
+    import huggingface_hub
+
+    def wait(*args, **kwargs):
+        time.sleep(60)
+
+    monkeypatch.setattr(huggingface_hub, "get_session", wait)
+    began = time.monotonic()
+    with pytest.raises(InputError, match="sd-vae-ft-ema.*huggingface.co cannot be reached"):
+        Autoencoder.load("ema")
+    assert time.monotonic() - began < 8
 
 
 def test_missing_vaes_are_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dict(_class_name="NoSuchAutoencoder")))
     for name in (tmp_path / "nowhere", "nobody/no-such-vae", "ema", tmp_path, ROOT / "docs"):
-        with pytest.raises(InputError, match="cannot load the VAE.*ema, mse, a hub id") as error:
+        with pytest.raises(InputError,
+                           match="cannot load the VAE.*--vae ema, mse, a hub id") as error:
             Autoencoder.load(str(name))
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
@@ -172,20 +265,25 @@ def test_vae_must_fit_the_model(kl_folder):
     assert load_vae(model).name == kl_folder
 
 
-# ------------------------------------------------------------------------------------------ sampling
+# ---------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "euler", "heun", "sde"])
 def test_an_image_does_not_depend_on_its_company(sampler):
     model, diffusion, vae = small_dit(), create_diffusion("5"), Autoencoder(channels=1)
+    if sampler not in diffusion.samplers:
+        diffusion = FlowMatching(5)
     settings = dict(cfg_scale=2.0, sampler=sampler, eta=0.5)
-    together = sample_images(model, diffusion, vae, torch.tensor([0, 1, 2, 3, 1]), [7, 8, 9, 10, 7], **settings)
+    together = sample_images(model, diffusion, vae, torch.tensor([0, 1, 2, 3, 1]), [7, 8, 9, 10, 7],
+                             **settings)
     for i, (y, seed) in enumerate([(0, 7), (1, 8), (2, 9)]):
         alone = sample_images(model, diffusion, vae, torch.tensor([y]), [seed], **settings)
-        assert (alone[0].int() - together[i].int()).abs().max() <= 1  # matrix products round by batch size
+        # matrix products round by batch size
+        assert (alone[0].int() - together[i].int()).abs().max() <= 1
     assert not torch.equal(together[0], together[4])  # the same noise, another class
     torch.manual_seed(123)
-    again = sample_images(model, diffusion, vae, torch.tensor([0, 1, 2, 3, 1]), [7, 8, 9, 10, 7], **settings)
+    again = sample_images(model, diffusion, vae, torch.tensor([0, 1, 2, 3, 1]), [7, 8, 9, 10, 7],
+                          **settings)
     assert torch.equal(together, again)  # nothing hangs on global randomness
     assert torch.initial_seed() == 123
 
@@ -195,8 +293,10 @@ def test_guidance_interval_saves_the_second_pass():
     passes, images = {}, {}
     for interval in (None, (0.3, 5.0), (1000.0, 2000.0)):
         batches = []
-        hook = model.register_forward_pre_hook(lambda module, args, batches=batches: batches.append(len(args[0])))
-        images[interval] = sample_images(model, diffusion, vae, torch.tensor([1, 2]), [0, 1], cfg_scale=3.0,
+        hook = model.register_forward_pre_hook(
+            lambda module, args, batches=batches: batches.append(len(args[0])))
+        images[interval] = sample_images(model, diffusion, vae, torch.tensor([1, 2]), [0, 1],
+                                         cfg_scale=3.0,
                                          guidance_interval=interval)
         hook.remove()
         passes[interval] = batches
@@ -206,23 +306,62 @@ def test_guidance_interval_saves_the_second_pass():
     assert passes[1000.0, 2000.0] == [2] * 20
     plain = sample_images(model, diffusion, vae, torch.tensor([1, 2]), [0, 1])
     assert torch.equal(images[1000.0, 2000.0], plain)
-    assert not torch.equal(images[0.3, 5.0], plain) and not torch.equal(images[0.3, 5.0], images[None])
+    assert not torch.equal(images[0.3, 5.0], plain)
+    assert not torch.equal(images[0.3, 5.0], images[None])
+
+
+@pytest.mark.parametrize(("sampler", "times"), [
+    ("euler", [0, 0.25, 0.5, 0.75]), ("sde", [0, 0.32, 0.64, 0.96]),
+    ("heun", [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1])])
+def test_guidance_interval_of_a_flow(sampler, times):
+    """Noise levels (1 - t) / t, here from 1/3 to 3: t from 0.25 to 0.75."""
+    model, flow, batches = small_dit(), FlowMatching(4), []
+    model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    sample_images(model, flow, Autoencoder(channels=1), torch.tensor([1, 2]), [0, 1], cfg_scale=3.0,
+                  sampler=sampler, guidance_interval=(0.333, 3.0))
+    assert batches == [4 if 0.25 <= t <= 0.75 else 2 for t in times]
+
+
+def test_guidance_acts_on_the_velocity():
+    model, vae, y = small_dit(in_channels=3), Autoencoder(channels=3), torch.tensor([1, 2])
+    null = torch.full_like(y, 4)
+    noise = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed))
+                         for seed in (0, 1)])
+    with torch.no_grad():  # one step of Euler, from t = 0, which the network sees as 1000
+        t = torch.full((2,), 1000.0)
+        velocity, velocity_null = model(noise, t, y)[:, :3], model(noise, t, null)[:, :3]
+    velocity[:, :2] = velocity_null[:, :2] + 2.0 * (velocity[:, :2] - velocity_null[:, :2])
+    expected = vae.decode((noise + velocity).clamp(-1, 1))
+    drawn = sample_images(model, FlowMatching(1), vae, y, [0, 1], cfg_scale=2.0, cfg_channels=2)
+    assert (drawn.int() - expected.int()).abs().max() <= 1
 
 
 def test_bf16_runs_the_network_alone_in_bf16():
     model, diffusion, vae, dtypes = small_dit(), create_diffusion("5"), Autoencoder(channels=1), []
-    model.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    model.blocks[0].mlp.fc1.register_forward_hook(
+        lambda module, args, out: dtypes.append(out.dtype))
     seen = []
     y, seeds = torch.tensor([1, 2]), [0, 1]
-    bf16 = sample_images(model, diffusion, vae, y, seeds, dtype="bf16", on_step=lambda i, x, x0: seen.append(x.dtype))
+    bf16 = sample_images(model, diffusion, vae, y, seeds, dtype="bf16",
+                         on_step=lambda i, x, x0: seen.append(x.dtype))
     fp32 = sample_images(model, diffusion, vae, y, seeds)
     assert dtypes == [torch.bfloat16] * 5 + [torch.float32] * 5 and set(seen) == {torch.float32}
     difference = (bf16.int() - fp32.int()).abs()
     assert difference.max() > 0 and difference.float().mean() < 4
 
 
+def test_latents_that_are_not_finite_are_no_black_picture(ckpt, tmp_path):
+    model, diffusion, vae = small_dit(), create_diffusion("5"), Autoencoder(channels=1)
+    model.y_embedder.embedding_table.weight.data[2] = math.nan
+    y = torch.tensor([0, 2, 1])
+    with pytest.raises(RankLocalError, match="seed 8 is not finite after step 1 of 5"):
+        sample_images(model, diffusion, vae, y, [7, 8, 9])
+    sample_images(model, diffusion, vae, y[::2], [7, 9])
+
+
 def test_latents_are_decoded_by_the_vae(kl_folder):
-    model, diffusion, vae = small_dit(in_channels=4), create_diffusion("3"), Autoencoder.load(kl_folder)
+    model, diffusion = small_dit(in_channels=4), create_diffusion("3")
+    vae = Autoencoder.load(kl_folder)
     latents = []
     keep = lambda i, x, x0: latents.append(x)
     images = sample_images(model, diffusion, vae, torch.tensor([0, 1]), [3, 4], on_step=keep)
@@ -239,32 +378,103 @@ def test_class_grid_has_a_column_for_each_class():
     assert text[:2] == ["tench, seed 5", "golden retriever, seed 6"] and text[4] == "tench, seed 9"
     alone = sample_images(model, diffusion, vae, torch.tensor([1]), [10])
     assert (images[5].int() - alone[0].int()).abs().max() <= 1
-    images, nrow, text = class_grid(small_dit(num_classes=1), diffusion, vae, 3, 0, Accelerator(cpu=True))
-    assert len(images) == 9 and nrow == 3 and text[:2] == ["seed 0", "seed 1"]  # unconditional: a square, no class
+    images, nrow, text = class_grid(small_dit(num_classes=1), diffusion, vae, 3, 0,
+                                    Accelerator(cpu=True))
+    # unconditional: a square, no class
+    assert len(images) == 9 and nrow == 3 and text[:2] == ["seed 0", "seed 1"]
 
 
-# ------------------------------------------------------------------------------------------ classes
+# ----------------------------------------------------------------------------------------- classes
 
 
 def test_classes_by_name_synonym_and_number():
-    for text, number in (("golden retriever", 1), (" GOLDEN Retriever ", 1), ("Tinca tinca", 0), ("3", 3)):
+    for text, number in (("golden retriever", 1), (" GOLDEN Retriever ", 1), ("Tinca tinca", 0),
+                         ("3", 3)):
         assert find_class(text, NAMES) == number
-    assert find_class("10", ["1", "10", "2"]) == 1 and find_class("0", ["1", "10", "2"]) == 0  # a name goes first
-    assert find_class("crane", ["crane, bird", "crane"]) == 0
-    with pytest.raises(InputError, match=r"no class 'golden retreiver'.*golden retriever \(1\).*0 to 3"):
+    # a name goes first
+    assert find_class("10", ["1", "10", "2"]) == 1 and find_class("0", ["1", "10", "2"]) == 0
+    assert find_class("7", ["a, 7", "b"] * 1 + list("cdefgh")) == 7  # a synonym does not
+    assert find_class("crane", ["crane, bird", "crane"]) == 1  # a whole name before a synonym
+    assert [find_class(text, ["Cat", "cat"]) for text in ("Cat", "cat")] == [0, 1]
+    for names in (["crane", "otter", "crane"], ["crane, bird", "otter", "crane, machine"]):
+        with pytest.raises(InputError, match=r"'crane' may be class 0 \(crane.* and 2 \(crane"):
+            find_class("crane", names)
+    with pytest.raises(InputError, match=r"0 \(Cat\) and 1 \(cat\)"):
+        find_class("CAT", ["Cat", "cat"])
+    with pytest.raises(InputError,
+                       match=r"no class 'golden retreiver'.*golden retriever \(1\).*0 to 3"):
         find_class("golden retreiver", NAMES)
-    with pytest.raises(InputError, match=r"golden retriever \(1\), labrador retriever \(2\)|labrador.*golden"):
+    with pytest.raises(InputError,
+                       match=r"golden retriever \(1\), labrador retriever \(2\)|labrador.*golden"):
         find_class("retriever", NAMES)
     for text in ("4", "-1", "", "2.0", "\N{SUPERSCRIPT TWO}"):
         with pytest.raises(InputError, match="0 to 3"):
             find_class(text, NAMES)
 
 
+words = st.text(st.characters(categories=["Ll", "Lu", "Nd", "Zs"]), min_size=1, max_size=8).filter(
+    str.strip)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.lists(words, min_size=1, max_size=3).map(", ".join), min_size=1, max_size=8),
+       st.data())
+def test_classes_are_found_by_their_names_or_said_why_not(names, data):
+    number = data.draw(st.integers(0, len(names) - 1))
+    spoken = data.draw(st.sampled_from([names[number], *names[number].split(","), str(number)]))
+    key = " ".join(spoken.split())
+    whole = [n for n, name in enumerate(names) if " ".join(name.split()) == key]
+    having = [n for n, name in enumerate(names) if key.lower() in synonyms(name)]
+    if len(whole) == 1:
+        assert find_class(f" {spoken} ", names) == whole[0]  # to the letter, before all else
+    elif key.isascii() and key.isdigit() and int(key) < len(names) and not whole:
+        with contextlib.suppress(InputError):  # two classes that differ by capitals
+            assert find_class(spoken, names) in (int(key), *having)
+    elif len(set(having)) > 1 or len(whole) > 1:
+        with contextlib.suppress(InputError):
+            assert find_class(spoken, names) in having
+    else:
+        assert find_class(spoken, names) == number
+
+
+@pytest.mark.parametrize(("text", "labels"), [
+    ("1,3", [1, 3]), ("tench, Tinca tinca", [0]), ("otter,tench,tinca tinca,0", [3, 0, 0]),
+    ("Tinca tinca, tench", [0, 0]), ("otter", [3]), ("tench , golden retriever", [0, 1])])
+def test_names_may_have_commas(text, labels):
+    assert parse_labels(text, NAMES) == labels
+
+
+def test_wordnet_ids_come_from_the_metadata():
+    with torch.device("meta"):
+        model = small_dit(num_classes=1000)
+    with pytest.raises(InputError, match="do not say the WordNet ids.*0 to 999"):
+        parse_labels("n01440764", class_names(model), model_wnids(model))
+    model.metadata = dict(class_names=[f"n{i:08d}" for i in range(1000)])
+    labels = parse_labels("n00000207,n00000001", class_names(model), model_wnids(model))
+    assert labels == [207, 1]
+    few = small_dit(num_classes=2)
+    few.metadata = dict(class_names=["n02110185", "n01440764"])
+    assert parse_labels("n01440764", class_names(few), model_wnids(few)) == [1]
+    with pytest.raises(InputError, match="no class 'n00000009'.*0 to 1"):
+        parse_labels("n00000009", class_names(few), model_wnids(few))
+
+
+def test_imagenets_double_names():
+    """torchvision tells the two cranes and maillots apart; two classes differ by a capital only."""
+    with torch.device("meta"):
+        names = class_names(small_dit(num_classes=1000))
+    expected = {"crane": 517, "crane bird": 134, "Cardigan": 264, "cardigan": 474}
+    assert {text: find_class(text, names) for text in expected} == expected
+    with pytest.raises(InputError, match="264.*474"):
+        find_class("CARDIGAN", names)
+
+
 def test_imagenets_names_are_known():
     with torch.device("meta"):
         model = small_dit(num_classes=1000)
     names = class_names(model)
-    assert len(names) == 1000 and names[207] == "golden retriever" and find_class("otter", names) == 360
+    assert len(names) == 1000 and names[207] == "golden retriever"
+    assert find_class("otter", names) == 360
     model.metadata = dict(class_names=[f"n{i:08d}" for i in range(1000)])
     assert class_names(model)[207] == "golden retriever"
     model.metadata = dict(class_names=[f"thing {i}" for i in range(1000)])
@@ -272,18 +482,21 @@ def test_imagenets_names_are_known():
     assert class_names(small_dit()) == ["0", "1", "2", "3"]
 
 
-# ------------------------------------------------------------------------------------------ the flags, in pixels
+# ---------------------------------------------------------------------------- the flags, in pixels
 
 
 def test_labels_nrow_and_captions(ckpt, tmp_path):
-    image = draw(ckpt, tmp_path, "--class-labels", "golden retriever,3,tinca TINCA", "--no-captions", "--nrow", "2")
+    image = draw(ckpt, tmp_path, "--class-labels", "golden retriever,3,tinca TINCA",
+                 "--no-captions", "--nrow", "2")
     assert image.size == (2 + 2 * 66, 2 + 2 * 66)
     drawn = cells(image, 2, 2)
-    expected = sample_images(small_dit(), create_diffusion("3"), Autoencoder(channels=1), torch.tensor([1, 3, 0]),
+    expected = sample_images(small_dit(), create_diffusion("3"), Autoencoder(channels=1),
+                             torch.tensor([1, 3, 0]),
                              [0, 1, 2], cfg_scale=4.0)
     assert np.array_equal(drawn[:3], expected.permute(0, 2, 3, 1).numpy())
     assert (drawn[3] == 255).all()  # an empty place
-    captioned = draw(ckpt, tmp_path, "--class-labels", "golden retriever,3,tinca TINCA", "--nrow", "2")
+    captioned = draw(ckpt, tmp_path, "--class-labels", "golden retriever,3,tinca TINCA",
+                     "--nrow", "2")
     assert captioned.size == (134, 134 + 2 * 13)
     assert np.array_equal(cells(captioned, 2, 2, captions=True), drawn)
     strip = np.asarray(captioned)[2:15, 2:66]
@@ -292,14 +505,16 @@ def test_labels_nrow_and_captions(ckpt, tmp_path):
 
 def test_default_grid_has_columns_of_classes(ckpt, tmp_path):
     drawn = cells(draw(ckpt, tmp_path, "--no-captions"), 4, 4)
-    drawer = small_dit(), create_diffusion("3"), Autoencoder(channels=1), 4, 0, Accelerator(cpu=True)
-    expected = class_grid(*drawer, cfg_scale=4.0)[0]
+    drawer = small_dit(), create_diffusion("3"), Autoencoder(channels=1)
+    expected = class_grid(*drawer, 4, 0, Accelerator(cpu=True), cfg_scale=4.0)[0]
     assert np.array_equal(drawn, expected.permute(0, 2, 3, 1).numpy())
 
 
 def test_images_per_class_repeats_the_labels(ckpt, tmp_path):
-    drawn = cells(draw(ckpt, tmp_path, "--class-labels", "1,2", "--images-per-class", "3", "--no-captions"), 2, 3)
-    flat = cells(draw(ckpt, tmp_path, "--class-labels", "1,2,1,2,1,2", "--nrow", "2", "--no-captions"), 2, 3)
+    drawn = cells(draw(ckpt, tmp_path, "--class-labels", "1,2", "--images-per-class", "3",
+                       "--no-captions"), 2, 3)
+    flat = cells(draw(ckpt, tmp_path, "--class-labels", "1,2,1,2,1,2", "--nrow", "2",
+                      "--no-captions"), 2, 3)
     assert np.array_equal(drawn, flat) and not np.array_equal(drawn[0], drawn[2])
 
 
@@ -313,9 +528,12 @@ def test_seed_and_batches_do_what_they_say(ckpt, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "same"), [
-    (["--sampler", "ddim"], False), (["--sampler", "dpm++"], False), (["--cfg-scale", "1.5"], False),
-    (["--num-sampling-steps", "4"], False), (["--guidance-interval", "0.3,5"], False), (["--dtype", "bf16"], False),
-    (["--cfg-scale", "4"], True), (["--sampler", "ddpm"], True), (["--guidance-interval", "0,1000"], True),
+    (["--sampler", "ddim"], False), (["--sampler", "dpm++"], False),
+    (["--cfg-scale", "1.5"], False),
+    (["--num-sampling-steps", "4"], False), (["--guidance-interval", "0.3,5"], False),
+    (["--dtype", "bf16"], False),
+    (["--cfg-scale", "4"], True), (["--sampler", "ddpm"], True),
+    (["--guidance-interval", "0,1000"], True),
     (["--num-sampling-steps", "3"], True), (["--vae", "none"], True), (["--no-tf32"], True),
     (["--num-classes", "4", "--image-size", "8"], True)])
 def test_sampling_flags_change_the_pixels(ckpt, tmp_path, flags, same):
@@ -325,29 +543,86 @@ def test_sampling_flags_change_the_pixels(ckpt, tmp_path, flags, same):
 
 
 def test_dpm_solver_takes_trailing_steps(ckpt, tmp_path):
-    drawn = cells(draw(ckpt, tmp_path, "--class-labels", "1", "--sampler", "dpm++", "--no-captions", steps=4), 1)
-    expected = sample_images(small_dit(), create_diffusion("trailing4"), Autoencoder(channels=1), torch.tensor([1]),
+    drawn = cells(draw(ckpt, tmp_path, "--class-labels", "1", "--sampler", "dpm++", "--no-captions",
+                       steps=4), 1)
+    expected = sample_images(small_dit(), create_diffusion("trailing4"), Autoencoder(channels=1),
+                             torch.tensor([1]),
                              [0], cfg_scale=4.0, sampler="dpm++")
     assert np.array_equal(drawn, expected.permute(0, 2, 3, 1).numpy())
 
 
+@pytest.mark.parametrize(("objective", "flags", "sampler"), [
+    ("flow", [], "euler"), ("flow", ["--sampler", "heun"], "heun"),
+    ("sit", ["--sampler", "sde"], "sde"), (None, ["--objective", "sit"], "euler"),
+    (None, ["--objective", "flow"], "euler")])
+def test_sampling_follows_the_objective(tmp_path, objective, flags, sampler):
+    path = tmp_path / "a.safetensors"
+    weights = save_small(path, dict(objective=objective) if objective else None)
+    image = draw(weights, tmp_path, "--class-labels", "1,2", "--no-captions", *flags, steps=4)
+    flow = FlowMatching(4, "sit" if "sit" in (objective, *flags) else "ddpm")
+    expected = sample_images(small_dit(), flow, Autoencoder(channels=1), torch.tensor([1, 2]),
+                             [0, 1], cfg_scale=4.0, sampler=sampler)
+    assert np.array_equal(cells(image, 2), expected.permute(0, 2, 3, 1).numpy())
+    settings = json.loads(image.text["settings"])
+    assert (settings["objective"], settings["sampler"]) == (flow.objective, sampler)
+    words = shlex.split(image.text["command"])[2:]
+    sample_grid.main(sample_grid.parse_args([*words, "--output", str(tmp_path / "again.png")]))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(image))
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--sampler", "ddim"], "flow has no sampler 'ddim': use one of euler, heun, sde"),
+    (["--sampler", "euler", "--eta", "0.5"], "ddim alone"),
+    (["--objective", "ddpm"], "was trained with --objective flow, not ddpm")])
+def test_what_a_flow_refuses(tmp_path, flags, words):
+    flow = save_small(tmp_path / "flow.safetensors", dict(objective="flow"))
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert words in refused(flow, folder, *flags)
+
+
+def test_a_notebook_draws_with_the_settings_of_the_run(tmp_path):
+    suggested = dict(num_sampling_steps=2, cfg_scale=1.5)
+    path = save_small(tmp_path / "a.safetensors", dict(sampling=suggested))
+    model = load_checkpoint(path)
+    images = sample_grid.draw(model, [3, "tench", 1], seed=5)
+    expected = sample_images(small_dit(), create_diffusion("2"), Autoencoder(channels=1),
+                             torch.tensor([3, 0, 1]), [5, 6, 7], cfg_scale=1.5)
+    assert torch.equal(images, expected)
+    assert make_grid(images, nrow=3).size == (2 + 3 * 66, 2 + 66)
+    other = sample_grid.draw(model, [3, 0, 1], seed=5, cfg_scale=3.0, guidance_interval=(0.1, 200))
+    assert not torch.equal(other, images)
+    for labels, overrides, words in (([4], {}, "from 0 to 3"), ([-1], {}, "from 0 to 3"),
+                                     (["dog"], {}, "no class 'dog'"),
+                                     ([0], dict(dtype="fp8"), "--dtype fp8 must be one of"),
+                                     ([0], dict(num_sampling_steps=0), "1 or more")):
+        with pytest.raises(InputError, match=words):
+            sample_grid.draw(model, labels, **overrides)
+    with pytest.raises(TypeError, match="no argument 'steps'"):
+        sample_grid.draw(model, [0], steps=5)
+
+
 def test_eta_changes_ddim(ckpt, tmp_path):
-    images = [cells(draw(ckpt, tmp_path, "--class-labels", "1", "--sampler", "ddim", "--no-captions", *eta), 1)
+    images = [cells(draw(ckpt, tmp_path, "--class-labels", "1", "--sampler", "ddim",
+                         "--no-captions", *eta), 1)
               for eta in ([], ["--eta", "0"], ["--eta", "1"])]
     assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
 
 
 def test_cfg_channels_guides_the_first_ones(tmp_path):
     colour = save_small(tmp_path / "colour.safetensors", in_channels=3)
-    one, three, all_ = (cells(draw(colour, tmp_path, "--class-labels", "1", "--no-captions", *flags), 1)
+    one, three, all_ = (cells(draw(colour, tmp_path, "--class-labels", "1", "--no-captions",
+                                   *flags), 1)
                         for flags in (["--cfg-channels", "1"], ["--cfg-channels", "3"], []))
     assert np.array_equal(three, all_) and not np.array_equal(one, all_)
 
 
 def test_suggested_sampling_comes_with_the_weights(tmp_path):
-    with_data = save_small(tmp_path / "a.safetensors", dict(sampling=dict(num_sampling_steps=2, cfg_scale=1.5)))
+    with_data = save_small(tmp_path / "a.safetensors",
+                           dict(sampling=dict(num_sampling_steps=2, cfg_scale=1.5)))
     picture = draw(with_data, tmp_path, "--class-labels", "1", "--no-captions", steps=2)
-    words = ["--ckpt", with_data, "--class-labels", "1", "--no-captions", "--output", str(tmp_path / "b.png")]
+    words = ["--ckpt", with_data, "--class-labels", "1", "--no-captions", "--output",
+             str(tmp_path / "b.png")]
     sample_grid.main(sample_grid.parse_args(words))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), np.asarray(picture))
     settings = json.loads(Image.open(tmp_path / "b.png").text["settings"])
@@ -356,28 +631,36 @@ def test_suggested_sampling_comes_with_the_weights(tmp_path):
 
 def test_vae_flag_decodes(tmp_path, kl_folder):
     latent = save_small(tmp_path / "latent.safetensors", dict(vae="ema"), in_channels=4)
-    image = draw(latent, tmp_path, "--vae", kl_folder, "--class-labels", "0,1", "--no-captions", "--image-size", "16")
-    assert image.size == (2 + 2 * 66, 2 + 66) and json.loads(image.text["settings"])["vae"] == kl_folder
+    image = draw(latent, tmp_path, "--vae", kl_folder, "--class-labels", "0,1", "--no-captions",
+                 "--image-size", "16")
+    assert image.size == (2 + 2 * 66, 2 + 66)
+    assert json.loads(image.text["settings"])["vae"] == kl_folder
     vae = Autoencoder.load(kl_folder)
-    expected = sample_images(small_dit(in_channels=4), create_diffusion("3"), vae, torch.tensor([0, 1]), [0, 1],
+    expected = sample_images(small_dit(in_channels=4), create_diffusion("3"), vae,
+                             torch.tensor([0, 1]), [0, 1],
                              cfg_scale=4.0)
     assert np.array_equal(np.asarray(image)[2:66:4, 2:66:4], expected[0].permute(1, 2, 0).numpy())
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp", ".PNG"])
 def test_formats(ckpt, tmp_path, suffix):
-    exact = np.asarray(draw(ckpt, tmp_path, "--class-labels", "1,2", output="exact.png")).astype(int)
+    exact = np.asarray(draw(ckpt, tmp_path, "--class-labels", "1,2",
+                            output="exact.png")).astype(int)
     image = draw(ckpt, tmp_path, "--class-labels", "1,2", output=f"out{suffix}")
-    assert image.format == {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}[suffix[1:].lower()]
-    assert np.abs(np.asarray(image.convert("RGB")) - exact).mean() < (0.01 if image.format == "PNG" else 8)
+    assert image.format == {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG",
+                            "webp": "WEBP"}[suffix[1:].lower()]
+    allowed = 0.01 if image.format == "PNG" else 8
+    assert np.abs(np.asarray(image.convert("RGB")) - exact).mean() < allowed
 
 
 def test_the_picture_tells_how_to_draw_it_again(ckpt, tmp_path):
-    first = draw(ckpt, tmp_path, "--class-labels", "golden retriever,3", "--seed", "5", "--sampler", "ddim",
-                 "--eta", "0.5", "--cfg-scale", "2", "--guidance-interval", "0.1,50", "--no-captions",
+    first = draw(ckpt, tmp_path, "--class-labels", "golden retriever,3", "--seed", "5", "--sampler",
+                 "ddim", "--eta", "0.5", "--cfg-scale", "2", "--guidance-interval", "0.1,50",
+                 "--no-captions",
                  "--images-per-class", "2")
     settings = json.loads(first.text["settings"])
-    assert settings["seed"] == 5 and settings["class_labels"] == "golden retriever,3" and settings["ckpt"] == ckpt
+    assert settings["seed"] == 5 and settings["ckpt"] == ckpt
+    assert settings["class_labels"] == "golden retriever,3"
     words = shlex.split(first.text["command"])
     assert words[:2] == ["python", "sample_grid.py"]
     sample_grid.main(sample_grid.parse_args([*words[2:], "--output", str(tmp_path / "again.png")]))
@@ -393,9 +676,14 @@ def test_trajectory_shows_the_prediction_along_the_way(ckpt, tmp_path):
     assert np.abs(frames[-1] - cells(picture, 2)).mean() < 3
     predicted = []
     vae = Autoencoder(channels=1)
-    sample_images(small_dit(), create_diffusion("6"), vae, torch.tensor([1, 2]), [0, 1], cfg_scale=4.0,
-                  on_step=lambda i, x, x0: predicted.append(vae.decode(x0).permute(0, 2, 3, 1).numpy()))
-    assert np.abs(frames[0] - predicted[0]).mean() < 3 and np.abs(frames[2] - predicted[2]).mean() < 3
+
+    def keep(i, x, x0):
+        predicted.append(vae.decode(x0).permute(0, 2, 3, 1).numpy())
+
+    sample_images(small_dit(), create_diffusion("6"), vae, torch.tensor([1, 2]), [0, 1],
+                  cfg_scale=4.0, on_step=keep)
+    assert np.abs(frames[0] - predicted[0]).mean() < 3
+    assert np.abs(frames[2] - predicted[2]).mean() < 3
 
 
 @pytest.mark.parametrize("sweep", [
@@ -407,9 +695,11 @@ def test_sweep_has_a_row_for_each_value(ckpt, tmp_path, sweep):
     margin = image.size[0] - 2 * 66
     assert margin > 30 and np.asarray(image)[:, :margin].min() < 100  # the values, on the left
     rows = cells(image, 2, 3, margin=margin)
-    assert "sweep" in json.loads(image.text["settings"]) and name not in shlex.split(image.text["command"])
+    assert "sweep" in json.loads(image.text["settings"])
+    assert name not in shlex.split(image.text["command"])
     for row, value in enumerate(values.split(",")):
-        single = draw(ckpt, tmp_path, "--class-labels", "1,2", f"--{name.replace('_', '-')}", value, "--no-captions",
+        single = draw(ckpt, tmp_path, "--class-labels", "1,2", f"--{name.replace('_', '-')}", value,
+                      "--no-captions",
                       *(extra if name == "eta" else []))
         assert np.array_equal(cells(single, 2), rows[2 * row : 2 * row + 2])
     words = shlex.split(image.text["command"])
@@ -430,27 +720,30 @@ def test_grids_place_and_enlarge():
     assert (grid[:, 130:132][:13] == 255).all()  # the caption was cut at its image's edge
 
 
-# ------------------------------------------------------------------------------------------ official command lines
+# -------------------------------------------------------------------------- official command lines
 
 
 def test_official_command_lines(tmp_path, kl_folder, monkeypatch):
-    """sample.py's own flags: the classes, four a row, guidance 4, 250 steps, the mse VAE; names download by size."""
+    """sample.py's own flags: the classes, four a row, guidance 4, 250 steps, the mse VAE."""
     asked = []
 
     def load(name, device):
         asked.append(name)
-        return small_dit(in_channels=4, num_classes=1000, input_size=32 if "256" in name else 64, patch_size=8)
+        return small_dit(in_channels=4, num_classes=1000, input_size=32 if "256" in name else 64,
+                         patch_size=8)
 
     def load_autoencoder(name, device, channels):
         asked.append(name)
         vae = Autoencoder(name=name, channels=4)
-        vae.vae, vae.factor, vae.decode = "official", 8, lambda x: (x[:, :3] * 50 + 128).clamp(0, 255).to(torch.uint8)
+        vae.vae, vae.factor = "official", 8
+        vae.decode = lambda x: (x[:, :3] * 50 + 128).clamp(0, 255).to(torch.uint8)
         return vae
 
     monkeypatch.setattr(sample_grid, "load_checkpoint", load)
     monkeypatch.setattr(sample_grid.Autoencoder, "load", load_autoencoder)
     monkeypatch.chdir(tmp_path)
-    sample_grid.main(sample_grid.parse_args(["--image-size", "512", "--seed", "1", "--num-sampling-steps", "2"]))
+    sample_grid.main(sample_grid.parse_args(["--image-size", "512", "--seed", "1",
+                                             "--num-sampling-steps", "2"]))
     assert asked == ["DiT-XL/2-512", "mse"]
     image = Image.open("sample.png")
     assert image.size == (2 + 4 * 66, 2 + 2 * (66 + 13))
@@ -459,32 +752,51 @@ def test_official_command_lines(tmp_path, kl_folder, monkeypatch):
     args = sample_grid.parse_args([])
     assert sample_grid.sampling_settings(args, load("256", None), 4.0)[0].num_timesteps == 250
     model = load("256", None)
-    assert sample_grid.choose_labels(args, model, class_names(model)) == ([207, 360, 387, 974, 88, 979, 417, 279], 4)
+    labels, nrow = sample_grid.choose_labels(args, model, class_names(model))
+    assert (labels, nrow) == ([207, 360, 387, 974, 88, 979, 417, 279], 4)
     with pytest.raises(InputError, match="depth 2, not 24.*"):
-        sample_grid.main(sample_grid.parse_args(["--model", "DiT-L/4", "--image-size", "256", "--ckpt", "X256.pt"]))
+        sample_grid.main(sample_grid.parse_args(["--model", "DiT-L/4", "--image-size", "256",
+                                                 "--ckpt", "X256.pt"]))
     assert asked[-1] == "X256.pt"  # found before a VAE is downloaded
 
 
-# ------------------------------------------------------------------------------------------ bad input
+# --------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--class-labels", "golden retreiver"], "golden retriever (1)"), (["--class-labels", "4"], "0 to 3"),
+    (["--class-labels", "golden retreiver"], "golden retriever (1)"),
+    (["--class-labels", "4"], "0 to 3"),
     (["--num-sampling-steps", "1001"], "1 to 1000"), (["--num-sampling-steps", "0"], "1 to 1000"),
     (["--num-sampling-steps", "-3"], "1 to 1000"),
-    (["--sampler", "dpm++", "--num-sampling-steps", "1001"], "1 to 1000"), (["--eta", "0.5"], "ddim alone"),
+    (["--sampler", "dpm++", "--num-sampling-steps", "1001"], "1 to 1000"),
+    (["--eta", "0.5"], "ddim alone"),
     (["--sampler", "ddim", "--eta", "1.5"], "0 to 1"), (["--cfg-channels", "2"], "1 channel"),
-    (["--guidance-interval", "5"], "two noise levels"), (["--guidance-interval", "5,1"], "not below"),
-    (["--output", "nowhere/out.png"], "nowhere"), (["--output", "out.bmp"], ".webp"), (["--output", "out"], ".png"),
+    (["--guidance-interval", "5"], "two noise levels"),
+    (["--guidance-interval", "5,1"], "not below"),
+    (["--output", "nowhere/out.png"], "nowhere"), (["--output", "out.bmp"], ".webp"),
+    (["--output", "out"], ".png"),
     (["--trajectory", "out.mp4"], ".gif"), (["--trajectory", "nowhere/out.gif"], "nowhere"),
     (["--nrow", "0"], "--nrow 0"), (["--images-per-class", "-1"], "--images-per-class -1"),
-    (["--seed", "-1"], "--seed -1"),
-    (["--per-proc-batch-size", "0"], "at least 1"), (["--sweep", "depth=1,2"], "cfg_scale"),
+    (["--seed", "-1"], "--seed -1 must be 0 or more"),
+    (["--cfg-scale", "nan"], "nan must be a number"),
+    (["--cfg-channels", "0"], "--cfg-channels 0 must be 1 or more"),
+    (["--cfg-channels", "1", "--cfg-scale", "1"], "does nothing at --cfg-scale 1"),
+    (["--guidance-interval", "0.3,5", "--cfg-scale", "1"], "does nothing at --cfg-scale 1"),
+    (["--guidance-interval", "1000,2000"], "none of the steps' noise levels"),
+    (["--sweep", "cfg_scale=1,2", "--trajectory", "a.gif"], "--trajectory"),
+    (["--class-labels", "n01440764"], "WordNet"), (["--output", f"{'a' * 250}.png"], "too long"),
+    (["--per-proc-batch-size", "0"], "--per-proc-batch-size 0 must be 1 or more"),
+    (["--sweep", "depth=1,2"], "cfg_scale"),
     (["--sweep", "cfg_scale"], "values"), (["--sweep", "cfg_scale=a"], "values"),
-    (["--sweep", "cfg_scale=1,2", "--nrow", "2"], "--nrow"), (["--sweep", "sampler=euler"], "euler"),
+    (["--sweep", "cfg_scale=1,2", "--nrow", "2"], "--nrow"),
+    (["--sweep", "sampler=euler"], "ddpm has no sampler 'euler'"),
+    (["--sampler", "heun"], "ddpm has no sampler 'heun': use one of ddpm"),
+    (["--sweep", "sampler=plms"], "--sampler plms must be one of ddpm"),
+    (["--sweep", "cfg_scale=1,2", "--cfg-scale", "4"], "which varies it"),
     (["--sweep", "num_sampling_steps=5,2000"], "2000"), (["--model", "DiT-Q/2"], "DiT-XL/2"),
     (["--model", "DiT-L/4"], "not 24"), (["--image-size", "256"], "8 px, not 256"),
-    (["--num-classes", "10"], "num_classes 4, not 10"), (["--vae", "nobody/no-such-vae"], "cannot load the VAE")])
+    (["--num-classes", "10"], "num_classes 4, not 10"),
+    (["--vae", "nobody/no-such-vae"], "cannot load the VAE")])
 def test_bad_input_is_said_before_sampling(ckpt, tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr(sample_grid, "sample_shared", None)  # sampling would be a TypeError
     monkeypatch.chdir(tmp_path)
@@ -496,7 +808,8 @@ def test_guidance_needs_a_null_class(tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
     assert "label dropout" in refused(no_null, folder, "--cfg-scale", "2")
-    assert json.loads(draw(no_null, tmp_path).text["settings"])["cfg_scale"] == 1.0  # unset: no guidance
+    # unset: no guidance
+    assert json.loads(draw(no_null, tmp_path).text["settings"])["cfg_scale"] == 1.0
 
 
 def test_scale_below_one_warns(ckpt, tmp_path, capsys):
@@ -504,6 +817,34 @@ def test_scale_below_one_warns(ckpt, tmp_path, capsys):
     assert "off at 1.0, not at 0" in capsys.readouterr().err
     draw(ckpt, tmp_path, "--cfg-scale", "1", "--class-labels", "1")
     assert "warning" not in capsys.readouterr().err
+
+
+def test_the_stored_command_works_with_spaces(tmp_path):
+    folder = tmp_path / "a run's folder"
+    folder.mkdir()
+    small = save_small(folder / "small ema.safetensors")
+    first = draw(small, tmp_path, "--class-labels", "tench, Tinca tinca", "--no-captions")
+    words = shlex.split(first.text["command"])[2:]
+    sample_grid.main(sample_grid.parse_args([*words, "--output", str(tmp_path / "again.png")]))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(first))
+
+
+def test_pipes_and_devices_are_written_through(ckpt, tmp_path):
+    exact = draw(ckpt, tmp_path, "--class-labels", "1", output="exact.png")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with ThreadPoolExecutor() as pool:
+        for name in ("pipe", "link"):
+            received = pool.submit((tmp_path / name).read_bytes)
+            command = sample_grid.parse_args([
+                "--ckpt", ckpt, "--class-labels", "1", "--num-sampling-steps", "3", "--output",
+                str(tmp_path / name)])
+            sample_grid.main(command)
+            picture = Image.open(io.BytesIO(received.result()))
+            assert np.array_equal(np.asarray(picture), np.asarray(exact))
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    sample_grid.save_grid(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), os.devnull, 1)
+    assert Path(os.devnull).is_char_device()
 
 
 def test_output_folder_must_be_writable(tmp_path):
@@ -519,15 +860,17 @@ def test_output_folder_must_be_writable(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
-# ------------------------------------------------------------------------------------------ processes and threads
+# --------------------------------------------------------------------------- processes and threads
 
 
 def test_processes_share_the_work(ckpt, tmp_path):
     alone = draw(ckpt, tmp_path, "--class-labels", "1,2,3", output="alone.png")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-             ROOT / "sample_grid.py", "--ckpt", ckpt, "--class-labels", "1,2,3", "--num-sampling-steps", "3",
+             ROOT / "sample_grid.py", "--ckpt", ckpt, "--class-labels", "1,2,3",
+             "--num-sampling-steps", "3",
              "--output", "shared.png"]
-    result = subprocess.run([str(word) for word in words], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([str(word) for word in words], cwd=tmp_path, capture_output=True,
+                            text=True)
     assert result.returncode == 0 and result.stdout.count("wrote") == 1, result.stderr
     difference = np.asarray(Image.open(tmp_path / "shared.png")).astype(int) - np.asarray(alone)
     assert np.abs(difference).max() <= 1
@@ -542,7 +885,8 @@ def test_a_lone_process_gets_its_cores_back(monkeypatch):
         if not launcher:
             monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
         sample_grid.make_accelerator()
-    assert asked == [len(os.sched_getaffinity(0))]  # three threads, or one without the launcher, are a choice
+    # three threads, or one without the launcher, are a choice
+    assert asked == [len(os.sched_getaffinity(0))]
 
 
 @pytest.mark.parametrize("tf32", [True, False])
