@@ -317,7 +317,8 @@ class FlowMatching:
     def euler_sample_loop(self, model, noise, model_kwargs=None, clip_denoised=False, on_step=None):
         """Euler's method. Arguments and result: GaussianDiffusion.p_sample_loop.
 
-        clip_denoised clamps the predicted x_0 to [-1, 1] and takes the velocity that leads there.
+        clip_denoised clamps the predicted x_0 to [-1, 1] and takes the velocity that leads there;
+        the last step ends there, in the other two samplers too.
         """
         x = noise
         for i, t, t_end in self._steps("euler"):
@@ -338,6 +339,8 @@ class FlowMatching:
             x_end = x + (t_end - t) * velocity
             velocity_end, _ = self._velocity_at(t_end, model, x_end, clip_denoised, model_kwargs)
             x = x + (t_end - t) * (velocity + velocity_end) / 2
+            if clip_denoised and i == 0:
+                x = pred_x0
             if on_step:
                 on_step(i, x, pred_x0)
         return x
@@ -355,6 +358,8 @@ class FlowMatching:
             x = x + (t_end - t) * ((1 + t) * velocity - x)
             if i > 0:
                 x = x + math.sqrt(2 * (1 - t) * (t_end - t)) * draw(i, x)
+            elif clip_denoised:
+                x = pred_x0
             if on_step:
                 on_step(i, x, pred_x0)
         return x
