@@ -20,25 +20,32 @@ import dit
 from dit import DiT, InputError, build_dit, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = np.load(Path(__file__).parent / "data" / "golden" / "models.npz")  # made with the official code, float32
+# Made with the official code, in float32.
+GOLDEN = np.load(Path(__file__).parent / "data" / "golden" / "models.npz")
 CASES = json.loads(str(GOLDEN["cases"]))
-TINY = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=96, depth=2, num_heads=3, num_classes=10)
+TINY = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=96, depth=2, num_heads=3,
+            num_classes=10)
 
 
 def fill(model, seed, small=False):
-    """Give every weight the golden value of its name: embeddings x 0.5, vectors x 0.1, matrices x 1 / sqrt(fan in).
+    """Give every weight the golden value of its name.
+
+    Embeddings x 0.5, vectors x 0.1, matrices x 1 / sqrt(fan in).
 
     small: tokens near 1e-3, so that the epsilon of LayerNorm shows.
     """
     state = {}
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
-        gain = 0.5 if "table" in name else 0.1 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
+        fan_in = math.prod(shape[1:])
+        gain = 0.5 if "table" in name else 0.1 if len(shape) == 1 else 1 / math.sqrt(fan_in)
         if name == "pos_embed":
             state[name] = formula(name, shape, seed) if small else tensor
         else:
             state[name] = formula(name, shape, seed) * np.float32(gain)
-        if small and (name.startswith(("pos_embed", "x_embedder")) or ".attn.proj" in name or ".mlp.fc2" in name):
+        residual = name.startswith(("pos_embed", "x_embedder"))
+        residual = residual or ".attn.proj" in name or ".mlp.fc2" in name
+        if small and residual:
             state[name] = state[name] * np.float32(0.001)
     model.load_state_dict(state)
     return model.eval()
@@ -49,14 +56,16 @@ def make(config, kwargs):
 
 
 def close(got, key, stride=1, tolerance=2e-5):
-    """Largest error over largest value, and where they are kept the mean and spread of the whole output."""
+    """Largest error over largest value; where they are kept the mean and spread of the output."""
     want = torch.from_numpy(GOLDEN[key]).double()
     assert got.dtype == torch.float32
-    assert (got[:, :, ::stride, ::stride].double() - want).abs().max() <= tolerance * want.abs().max()
+    error = (got[:, :, ::stride, ::stride].double() - want).abs().max()
+    assert error <= tolerance * want.abs().max()
     if key + ".stats" in GOLDEN:
         mean, std, total = GOLDEN[key + ".stats"]
         whole = got.double()
-        assert abs(whole.mean() - mean) < tolerance * std and abs(whole.std(correction=0) - std) < tolerance * std
+        assert abs(whole.mean() - mean) < tolerance * std
+        assert abs(whole.std(correction=0) - std) < tolerance * std
         assert abs(whole.abs().sum() / total - 1) < tolerance
 
 
@@ -68,16 +77,16 @@ def tiny():
 def inputs(model, n=3):
     """x, t, y; the last y is the null label."""
     x = formula("x", (n, model.in_channels, model.input_size, model.input_size), 1)
-    return x, torch.linspace(0, 999, n), torch.arange(n).flip(0) * 0 + torch.tensor([1, 4, model.num_classes])[:n]
+    return x, torch.linspace(0, 999, n), torch.tensor([1, 4, model.num_classes])[:n]
 
 
-# ------------------------------------------------------------------------------------------------ the network
+# ------------------------------------------------------------------------------- the network
 
 
 @pytest.mark.parametrize("case", CASES["models"], ids=lambda case: case["id"])
 @torch.no_grad()
 def test_outputs_equal_the_official_ones(case):
-    """forward at fractional, whole and out-of-range t, positions, and guidance of all and of three channels."""
+    """forward at fractional, whole and out-of-range t, positions, guidance of all and of three."""
     name, seed = case["id"], case["seed"]
     model = fill(make(case["config"], case["kwargs"]), seed, case["small"])
     x, y = formula("x", case["x_shape"], seed), torch.tensor(case["y"])
@@ -95,13 +104,15 @@ def test_outputs_equal_the_official_ones(case):
 
 @torch.no_grad()
 def test_label_dropout_gives_the_null_label():
-    """In training with probability 1 every label is hidden, as officially; a mask hides exactly what it says."""
+    """In training with probability 1 every label is hidden, as officially; a mask hides its own."""
     case = CASES["train_mode"]
     model = fill(DiT(**case["kwargs"]), case["seed"]).train()
-    x, t, y = formula("x", case["x_shape"], case["seed"]), torch.tensor(case["t"]), torch.tensor(case["y"])
+    x, t = formula("x", case["x_shape"], case["seed"]), torch.tensor(case["t"])
+    y = torch.tensor(case["y"])
     close(model(x, t, y), "drop_all.fwd")
     first = model(x, t, y, drop=torch.tensor([True, False]))
-    assert torch.equal(first, model(x, t, torch.tensor([10, y[1]]), drop=torch.tensor([False, False])))
+    hidden = torch.tensor([10, y[1]])
+    assert torch.equal(first, model(x, t, hidden, drop=torch.tensor([False, False])))
     assert not torch.allclose(first[1], model(x, t, y)[1])
 
 
@@ -113,15 +124,16 @@ def test_configurations_have_the_official_shapes_and_sizes():
             assert sum(p.numel() for p in model.parameters()) == total, name
             assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable, name
         for case in CASES["shapes"]:
-            got = {key: list(t.shape) for key, t in make(case["config"], case["kwargs"]).state_dict().items()}
+            state = make(case["config"], case["kwargs"]).state_dict()
+            got = {key: list(tensor.shape) for key, tensor in state.items()}
             assert len(got) == case["keys"] and case["shapes"].items() <= got.items()
 
 
 def test_multiply_adds_equal_the_flop_counter_and_the_paper():
     from torch.utils.flop_counter import FlopCounterMode
 
-    odd = dict(input_size=12, patch_size=3, in_channels=1, hidden_size=48, depth=2, num_heads=4, mlp_ratio=3.0,
-               num_classes=5, learn_sigma=False)
+    odd = dict(input_size=12, patch_size=3, in_channels=1, hidden_size=48, depth=2, num_heads=4,
+               mlp_ratio=3.0, num_classes=5, learn_sigma=False)
     with torch.device("meta"):
         for model in (build_dit("DiT-S/4"), build_dit("DiT-B/2", input_size=64), DiT(**odd)):
             x = torch.empty(1, model.in_channels, model.input_size, model.input_size)
@@ -138,12 +150,13 @@ def test_the_table_shows_parameters_and_gflops_beside_the_papers(capsys):
     dit.main(dit.parse_args([]))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 14
-    assert lines[1] == ["DiT-XL/2", "256", "256", "28", "1152", "16", "675,129,632", "118.62", "118.64"]
+    assert lines[1] == ["DiT-XL/2", "256", "256", "28", "1152", "16", "675,129,632", "118.62",
+                        "118.64"]
 
 
 @pytest.mark.parametrize("case", CASES["init"], ids=["S8", "tiny"])
 def test_initialisation_is_the_papers(case):
-    """Zero gates, output and biases; Xavier-uniform matrices, bounded by their limit; normal(0.02) embeddings."""
+    """Zero gates, output and biases; Xavier-uniform matrices, bounded; normal(0.02) embeddings."""
     torch.manual_seed(1)
     model = make(case["config"], case["kwargs"])
     state = model.state_dict()
@@ -164,7 +177,7 @@ def test_initialisation_is_the_papers(case):
 
 def test_other_shapes_are_refused(tiny):
     x, t, y = inputs(tiny)
-    for wrong in (x[..., :6], x[..., :4, :4], x[:, :2]):  # rectangular, another size, other channels
+    for wrong in (x[..., :6], x[..., :4, :4], x[:, :2]):  # rectangular, other size, other channels
         with pytest.raises(InputError, match="image-size"):
             tiny(wrong, t, y)
     with pytest.raises(InputError, match="must divide"):
@@ -182,6 +195,28 @@ def test_guidance_of_scale_one_is_one_conditional_pass(tiny):
     assert sizes == [3, 3]
     tiny.forward_with_cfg(x, t, y, 1.5)
     assert sizes == [3, 3, 6]
+
+
+@torch.no_grad()
+def test_guidance_in_bfloat16_is_computed_in_float32(tiny):
+    x, t, y = inputs(tiny)
+    with torch.autocast("cpu", torch.bfloat16):
+        guided = tiny.forward_with_cfg(x, t, y, 4.0)
+        null = torch.full_like(y, tiny.num_classes)
+        both = tiny(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
+    cond, uncond = both.double().chunk(2)
+    want = (uncond + 4 * (cond - uncond))[:, :3]
+    assert both.dtype == torch.bfloat16 and guided.dtype == torch.float32
+    assert (guided[:, :3] - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_tokens_are_contiguous_in_every_block(tiny):
+    """Otherwise every LayerNorm copies them."""
+    seen = []
+    for block in tiny.blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))
+    tiny(*inputs(tiny))
+    assert seen == [True, True]
 
 
 @torch.no_grad()
@@ -217,9 +252,11 @@ def test_gradient_checkpointing_changes_nothing(tiny):
 
 def check_compiled(model, **options):
     model.train()
-    plain, compiled = gradients(model, model), gradients(model, torch.compile(model, fullgraph=True, **options))
+    plain = gradients(model, model)
+    compiled = gradients(model, torch.compile(model, fullgraph=True, **options))
     assert torch.allclose(plain[0], compiled[0], rtol=1e-4, atol=1e-5)
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(plain[1], compiled[1], strict=True))
+    for a, b in zip(plain[1], compiled[1], strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_torch_compile_traces_the_whole_network(tiny):
@@ -239,21 +276,23 @@ def test_timesteps_are_embedded_in_float32_under_autocast(tiny):
     tiny.t_embedder.mlp[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.autocast("cpu", torch.bfloat16):
         tiny.t_embedder(torch.tensor([998, 999]))
-    angles = torch.tensor([[998.0], [999.0]], dtype=torch.float64) * 10000.0 ** (-torch.arange(128).double() / 128)
+    frequencies = 10000.0 ** (-torch.arange(128).double() / 128)
+    angles = torch.tensor([[998.0], [999.0]], dtype=torch.float64) * frequencies
     assert seen[0].dtype == torch.float32
     assert (seen[0] - torch.cat([angles.cos(), angles.sin()], 1)).abs().max() < 1e-4
 
 
-# ------------------------------------------------------------------------------------------------ weights in and out
+# ------------------------------------------------------------------------ weights in and out
 
 
 def equal(a, b):
     a, b = a.state_dict(), b.state_dict()
-    return list(a) == list(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    same = all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+    return list(a) == list(b) and same
 
 
 def official(path, ema, **args):
-    """A training checkpoint as the official train.py writes it; the model's own weights are others."""
+    """A training checkpoint as the official train.py writes it; its other weights are others."""
     other = DiT(**ema.config)
     optimizer = torch.optim.AdamW(other.parameters())
     torch.save(dict(model=other.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(),
@@ -290,6 +329,23 @@ def test_our_file_carries_config_and_metadata(tiny, tmp_path):
     assert model.x_embedder.proj.weight.requires_grad and not model.pos_embed.requires_grad
 
 
+def test_the_config_is_the_ten_arguments_in_their_order(tiny):
+    names = ["input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads",
+             "mlp_ratio", "class_dropout_prob", "num_classes", "learn_sigma"]
+    assert list(tiny.config) == names and tiny.config.items() >= TINY.items()
+    assert all(getattr(tiny, name) == value for name, value in tiny.config.items())
+    with pytest.raises(TypeError, match="width"):
+        DiT(**TINY, width=96)
+
+
+def test_a_file_of_the_first_release_loads(tiny, tmp_path):
+    """It has a checksum of another name and kind, and no fingerprint."""
+    header = dict(config=json.dumps(tiny.config), metadata=json.dumps(dict(step=3)), crc32="12345")
+    save_file(tiny.state_dict(), tmp_path / "a.safetensors", metadata=header)
+    model = load_checkpoint(tmp_path / "a.safetensors")
+    assert equal(model, tiny) and model.config == tiny.config and model.metadata == dict(step=3)
+
+
 def test_every_pair_of_layouts_is_bit_for_bit(tiny, tmp_path):
     names = ("a.safetensors", "a.pt", "a")
     save_checkpoint(tmp_path / "start.safetensors", tiny)
@@ -304,7 +360,8 @@ def test_every_pair_of_layouts_is_bit_for_bit(tiny, tmp_path):
     assert equal(load_checkpoint(tmp_path / "a" / "transformer"), tiny)
 
 
-@pytest.mark.parametrize("change", [dict(learn_sigma=False), dict(in_channels=1, input_size=6), dict(patch_size=4)])
+@pytest.mark.parametrize("change", [
+    dict(learn_sigma=False), dict(in_channels=1, input_size=6), dict(patch_size=4)])
 def test_other_configurations_survive_other_layouts(change, tmp_path):
     model = fill(DiT(**TINY | change), 3)
     save_checkpoint(tmp_path / "a.safetensors", model)
@@ -314,7 +371,8 @@ def test_other_configurations_survive_other_layouts(change, tmp_path):
 
 
 def test_convert_refuses_what_a_layout_cannot_say(tmp_path):
-    for change, names in [(dict(class_dropout_prob=0.0), ["b.pt", "b"]), (dict(num_heads=4), ["b.pt"]),
+    for change, names in [(dict(class_dropout_prob=0.0), ["b.pt", "b"]),
+                          (dict(num_heads=4), ["b.pt"]),
                           (dict(mlp_ratio=2.0), ["b"])]:
         save_checkpoint(tmp_path / "a.safetensors", DiT(**TINY | change))
         for name in names:
@@ -330,12 +388,15 @@ def test_convert_overwrites_nothing(tiny, tmp_path):
     for name in ("a.safetensors", "b.pt", "c"):
         with pytest.raises(InputError, match="exists"):
             dit.convert(tmp_path / "a.safetensors", tmp_path / name)
-    assert (tmp_path / "b.pt").read_text() == "mine" and not list((tmp_path / "c" / "transformer").iterdir())
+    assert (tmp_path / "b.pt").read_text() == "mine"
+    assert not list((tmp_path / "c" / "transformer").iterdir())
 
 
 @torch.no_grad()
 def test_diffusers_opens_ours_and_is_equal_but_for_its_timesteps(tiny, tmp_path):
-    """diffusers 0.42 hard-codes downscale_freq_shift=1, the official code has 0: set to 0 outputs are equal, else not.
+    """diffusers 0.42 hard-codes downscale_freq_shift=1, the official code has 0.
+
+    Set to 0 outputs are equal, else not.
 
     If only the last line fails, diffusers was mended: say so in the README.
     """
@@ -370,7 +431,8 @@ def test_what_diffusers_wrote_loads(tiny, tmp_path):
     with pytest.raises(InputError, match="t_embedder.mlp.0.bias differs between blocks"):
         load_checkpoint(tmp_path / "trained")
     config = json.loads((tmp_path / "bin" / "config.json").read_text())
-    (tmp_path / "bin" / "config.json").write_text(json.dumps(config | dict(norm_type="ada_norm_single")))
+    config = json.dumps(config | dict(norm_type="ada_norm_single"))
+    (tmp_path / "bin" / "config.json").write_text(config)
     with pytest.raises(InputError, match="ada_norm_single"):
         load_checkpoint(tmp_path / "bin")
     next((tmp_path / "shards").glob("*-00002-of-*")).unlink()
@@ -379,12 +441,14 @@ def test_what_diffusers_wrote_loads(tiny, tmp_path):
 
 
 def test_official_training_checkpoint_gives_its_ema(tiny, tmp_path):
-    path = official(tmp_path / "0400000.pt", tiny, model="DiT-Ti/2", image_size=64, num_classes=10, vae="mse", lr=1e-4)
+    path = official(tmp_path / "0400000.pt", tiny, model="DiT-Ti/2", image_size=64, num_classes=10,
+                    vae="mse", lr=1e-4)
     model = load_checkpoint(path)
     assert equal(model, tiny) and model.config == tiny.config
     assert model.metadata == dict(image_size=64, vae="mse")
     bare = DiT(**TINY, class_dropout_prob=0.0)
-    assert load_checkpoint(official(path, bare, num_classes=10)).config == bare.config  # as many rows as classes
+    path = official(path, bare, num_classes=10)  # as many rows as classes
+    assert load_checkpoint(path).config == bare.config
     torch.save(tiny.state_dict(), path)
     assert load_checkpoint(path).config == tiny.config
 
@@ -419,12 +483,14 @@ def test_weights_that_do_not_fit_name_keys_and_flag(change, key, flags):
     other = DiT(**TINY | change)
     with pytest.raises(InputError) as error:
         dit.load_weights(DiT(**TINY), other.state_dict(), "other.pt")
-    assert key in str(error.value) and str(error.value).endswith(flags) and "other.pt" in str(error.value)
+    said = str(error.value)
+    assert key in said and said.endswith(flags) and "other.pt" in said
 
 
 def test_a_checkpoint_of_other_settings_names_the_flag(tiny):
     dit.check_config(tiny, "run", input_size=8, num_classes=None)
-    for name, expected, flag in [(None, dict(input_size=64), "--image-size"), ("DiT-XL/2", {}, "--model"),
+    for name, expected, flag in [(None, dict(input_size=64), "--image-size"),
+                                 ("DiT-XL/2", {}, "--model"),
                                  (None, dict(num_classes=9), "--num-classes")]:
         with pytest.raises(InputError, match=f"^run has .* check {flag}$"):
             dit.check_config(tiny, "run", name, **expected)
@@ -444,11 +510,13 @@ def test_a_pickle_that_would_run_code_is_refused(legacy, tiny, tmp_path):
     content = dict(ema=tiny.state_dict(), args=Hostile(made))
     (tmp_path / "diffusers").mkdir()
     (tmp_path / "diffusers" / "config.json").write_text(json.dumps(dict(
-        sample_size=8, patch_size=2, in_channels=3, out_channels=6, num_layers=2, num_attention_heads=3,
+        sample_size=8, patch_size=2, in_channels=3, out_channels=6, num_layers=2,
+        num_attention_heads=3,
         attention_head_dim=32, num_embeds_ada_norm=10)))
     for path in (tmp_path / "a.pt", tmp_path / "diffusers" / "diffusion_pytorch_model.bin"):
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-        with pytest.raises(InputError, match="refused: its pickle asks for .*system, which could run code"):
+        words = "refused: its pickle asks for .*system, which could run code"
+        with pytest.raises(InputError, match=words):
             load_checkpoint(path if path.suffix == ".pt" else path.parent)
     assert not made.exists()
     torch.load(tmp_path / "a.pt", weights_only=False)  # the file is as hostile as it claims
@@ -459,15 +527,18 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
     path = tmp_path / "a.pt"
     path.write_bytes(pickle.dumps(Hostile(tmp_path / "made"), protocol=2))
     with pytest.raises(SystemExit, match="2"):
-        dit.run_command(dit.main, dit.parse_args(["convert", str(path), str(tmp_path / "b.safetensors")]))
+        args = dit.parse_args(["convert", str(path), str(tmp_path / "b.safetensors")])
+        dit.run_command(dit.main, args)
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "a.pt" in said and len(said.splitlines()) == 1
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
 def test_the_table_costs_no_more_than_torch():
-    code = "import sys, dit; dit.main(dit.parse_args([])); print({'diffusers', 'torch._dynamo'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = ("import sys, dit; dit.main(dit.parse_args([])); "
+            "print({'diffusers', 'torch._dynamo'} & set(sys.modules))")
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "set()"
 
 
@@ -483,7 +554,8 @@ def test_damaged_files_are_told(tiny, tmp_path):
     flip(ours, where=ours.stat().st_size // 2)
     assert ours.read_bytes() == whole
     heads = whole.index(b"num_heads\\\": 3") + len(b"num_heads\\\": ")
-    for content in (whole[:-1000], whole[:50], b"", b"text", whole[:heads] + b"2" + whole[heads + 1 :]):
+    other_heads = whole[:heads] + b"2" + whole[heads + 1 :]
+    for content in (whole[:-1000], whole[:50], b"", b"text", other_heads):
         ours.write_bytes(content)
         pt.write_bytes(content)
         for path in (ours, pt):
@@ -496,7 +568,8 @@ def test_files_of_other_kinds_are_told(tmp_path):
     torch.save(dict(a=torch.zeros(3)), tmp_path / "a.pt")
     torch.save([torch.zeros(3)], tmp_path / "b.pt")
     torch.save(DiT(**TINY | dict(hidden_size=60)).state_dict(), tmp_path / "c.pt")
-    for name, words in [("a.safetensors", "has no config"), ("a.pt", "x_embedder.proj.weight is missing"),
+    for name, words in [("a.safetensors", "has no config"),
+                        ("a.pt", "x_embedder.proj.weight is missing"),
                         ("b.pt", "holds a list"), ("c.pt", "width 60"), (".", "no checkpoint"),
                         ("none.pt", "no checkpoint"), ("DiT-XL/2-128", "DiT-XL/2-256")]:
         with pytest.raises(InputError, match=words):
@@ -514,7 +587,8 @@ def test_a_run_gives_its_newest_whole_checkpoint(tiny, tmp_path, capsys):
     flip(tmp_path / "checkpoints" / "20000" / "ema.safetensors")
     assert load_checkpoint(tmp_path).metadata == dict(step=1000)
     said = capsys.readouterr().err
-    assert "20000" in said and "damaged" in said and "before" in said and len(said.splitlines()) == 1
+    assert "20000" in said and "damaged" in said and "before" in said
+    assert len(said.splitlines()) == 1
     for step in (900, 1000):
         (tmp_path / "checkpoints" / str(step) / "ema.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="900"):
@@ -545,7 +619,8 @@ def test_a_downloaded_name_is_verified(kind, hub, tiny, tmp_path, capsys):
     for folder in (snapshot, blobs, hub / "refs"):
         folder.mkdir(parents=True)
     (hub / "refs" / "main").write_text("abc")
-    (snapshot / "config.json").write_bytes((tmp_path / "a" / "transformer" / "config.json").read_bytes())
+    config = (tmp_path / "a" / "transformer" / "config.json").read_bytes()
+    (snapshot / "config.json").write_bytes(config)
     weights = tmp_path / "a" / "transformer" / "diffusion_pytorch_model.safetensors"
     if kind == "bin":
         tensors = load_file(weights)
@@ -562,11 +637,11 @@ def test_a_downloaded_name_is_verified(kind, hub, tiny, tmp_path, capsys):
 
 
 def test_a_full_disk_is_told_and_leaves_the_old_file(tiny, tmp_path):
-    """RLIMIT_FSIZE stands for a full disk: writes fail in the middle, in safetensors, torch and Python alike."""
+    """RLIMIT_FSIZE stands for a full disk: writes fail half-way, of safetensors, torch, Python."""
     state = tiny.state_dict()
     writers = [lambda path: save_checkpoint(path, tiny),
-               lambda path: dit.write_atomically(path, lambda temporary: torch.save(state, temporary)),
-               lambda path: dit.write_atomically(path, lambda temporary: temporary.write_bytes(bytes(10**6)))]
+               lambda path: dit.write_atomically(path, lambda new: torch.save(state, new)),
+               lambda path: dit.write_atomically(path, lambda new: new.write_bytes(bytes(10**6)))]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for write in writers:
         (tmp_path / "a.safetensors").write_text("old")
@@ -576,9 +651,10 @@ def test_a_full_disk_is_told_and_leaves_the_old_file(tiny, tmp_path):
                 write(tmp_path / "a.safetensors")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert (tmp_path / "a.safetensors").read_text() == "old" and os.listdir(tmp_path) == ["a.safetensors"]
+        assert (tmp_path / "a.safetensors").read_text() == "old"
+        assert os.listdir(tmp_path) == ["a.safetensors"]
     with pytest.raises(InputError, match="cannot write"):
-        save_checkpoint(tmp_path / "a.safetensors" / "b.safetensors", tiny)  # in a file, as if it were a folder
+        save_checkpoint(tmp_path / "a.safetensors" / "b.safetensors", tiny)  # in a file
 
 
 def test_bugs_keep_their_traceback(tmp_path):
@@ -591,8 +667,8 @@ def test_bugs_keep_their_traceback(tmp_path):
         dit.run_command(bug)
 
 
-@pytest.mark.parametrize(("error", "status", "said"), [(InputError("two\nlines"), 2, "error: two lines\n"),
-                                                       (KeyboardInterrupt(), 130, "")])
+@pytest.mark.parametrize(("error", "status", "said"), [
+    (InputError("two\nlines"), 2, "error: two lines\n"), (KeyboardInterrupt(), 130, "")])
 def test_run_command_ends_without_traceback(error, status, said, capsys):
     def main(_):
         raise error
