@@ -18,12 +18,17 @@ of the official code, so official weights load as they are.
 """
 
 import argparse
+import contextlib
+import errno
+import functools
 import hashlib
 import json
 import math
 import os
 import re
 import sys
+import tempfile
+import threading
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -386,6 +391,7 @@ def print_configs():
 # --------------------------------------------------------------------------- weights in and out
 
 HUB = {f"DiT-XL/2-{size}": f"facebook/DiT-XL-2-{size}" for size in (256, 512)}  # names to download
+HUB |= {repository: repository for repository in HUB.values()}
 
 
 def save_checkpoint(path, model, **metadata):
@@ -395,8 +401,13 @@ def save_checkpoint(path, model, **metadata):
     ...), which load_checkpoint returns as `model.metadata`. Raises InputError when the file cannot
     be written; what was there before is then untouched.
     """
-    state_dict = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    header = dict(config=json.dumps(model.config), metadata=json.dumps(metadata))
+    save_weights(path, model.state_dict(), model.config, metadata)
+
+
+def save_weights(path, state_dict, config, metadata):
+    """save_checkpoint for weights that are not in a model, such as those that FSDP gathered."""
+    state_dict = {name: tensor.cpu().contiguous() for name, tensor in state_dict.items()}
+    header = dict(config=json.dumps(config), metadata=json.dumps(metadata))
     header["fingerprint"] = fingerprint(header, state_dict)
     write_atomically(path, lambda temporary: save_file(state_dict, temporary, metadata=header))
 
@@ -405,25 +416,27 @@ def load_checkpoint(path_or_name, device="cpu"):
     """A DiT in eval mode, float32, with its `config` and the `metadata` stored with it, from any of
 
     - a run's folder: the EMA weights of its newest checkpoint (if damaged, of the one before)
-    - a .safetensors file of save_checkpoint
+    - a .safetensors file: of save_checkpoint, or with official names
     - an official .pt: a bare state dict, or a training checkpoint, whose EMA weights are taken;
       no pickled code is run
     - a diffusers folder: a DiTPipeline's, or the transformer folder in it
     - a name in HUB, downloaded once and verified; those weights are under CC BY-NC 4.0
 
-    Raises InputError when nothing is there, the file is damaged or would run code, or the weights
-    do not fit.
+    Raises InputError when nothing is there, the file is damaged or would run code, a weight is not
+    finite, or the weights do not fit.
     """
     path = Path(path_or_name)
     if str(path_or_name) in HUB and not path.exists():
         path = download(str(path_or_name))
 
-    # Of a run's checkpoints the newest that can be read; everything else is one candidate.
-    steps = [folder for folder in path.glob("checkpoints/*") if folder.name.isdigit()]
+    # Of a run's checkpoints the newest that can be read; everything else is one candidate. Copies
+    # that somebody put beside them under other names are not the run's.
+    steps = [path for path in path.glob("checkpoints/*") if re.fullmatch("[0-9]+", path.name)]
     candidates = sorted(steps, key=lambda folder: int(folder.name), reverse=True) or [path]
     for candidate in candidates:
         try:
             config, state_dict, metadata = read_weights(candidate)
+            check_finite(state_dict, candidate)
             break
         except InputError as error:
             if candidate is candidates[-1]:
@@ -436,6 +449,14 @@ def load_checkpoint(path_or_name, device="cpu"):
     load_weights(model, state_dict, candidate)
     model.metadata = metadata
     return model.to(device, torch.float32).eval()
+
+
+def check_finite(state_dict, source):
+    """InputError naming the first tensor with a NaN or infinity: it would draw black pictures."""
+    for name, tensor in state_dict.items():
+        if not tensor.float().isfinite().all():
+            raise InputError(f"{source} cannot be used: {name} has values that are not finite, as "
+                             "after a training that diverged")
 
 
 def load_weights(model, state_dict, source):
@@ -549,28 +570,44 @@ HEADS = {  # width -> heads of the known models: no tensor's shape says it
 
 def read_weights(path):
     """(config, official-layout state dict, metadata) of a file or folder, whatever its layout."""
+    # A DiTPipeline's folder: its own VAE is the one that its transformer was trained with.
     if (path / "transformer").is_dir():
-        path = path / "transformer"
-    if any(path.glob("diffusion_pytorch_model*")):
-        return read_diffusers(path)
+        config, state_dict, metadata = read_weights(path / "transformer")
+        vae = path / "vae"
+        if (vae / "config.json").is_file():
+            metadata = metadata | dict(vae=str(vae.resolve()))
+        return config, state_dict, metadata
+    if is_diffusers(path):
+        return read_diffusers(path, diffusers_files(path))
+
+    # Else a file, or a run's checkpoint, of which the averaged weights are wanted.
     if path.is_dir():
         path = path / "ema.safetensors"
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}: give a run's folder, a .safetensors file, an "
                          f"official .pt, a diffusers folder, or {' or '.join(HUB)}")
-    return read_ours(path) if path.suffix == ".safetensors" else read_official(path)
+    return read_safe(path) if path.suffix == ".safetensors" else read_official(path)
 
 
-def read_ours(path):
-    """What save_checkpoint wrote. Files of the first release have a checksum of another kind."""
-    header, state_dict = read_safetensors(path)
-    if "config" not in header:
-        raise InputError(f"{path} was not written by save_checkpoint: it has no config; of "
-                         "diffusers give the folder")
-    stored = header.pop("fingerprint", None)
-    if stored is not None and stored != fingerprint(header, state_dict):
-        raise InputError(f"{path} is damaged: its fingerprint does not match its contents")
-    return json.loads(header["config"]), state_dict, json.loads(header["metadata"])
+def read_safe(path):
+    """read_weights for a .safetensors file: its header says what it is, or else what lies by it."""
+    header, tensors = read_safetensors(path)
+    if "config" in header:
+        # Files of the first release have a checksum of another kind, which is not compared.
+        stored = header.pop("fingerprint", None)
+        if stored is not None and stored != fingerprint(header, tensors):
+            raise InputError(f"{path} is damaged: its fingerprint does not match its contents")
+        return json.loads(header["config"]), tensors, json.loads(header["metadata"])
+
+    # One file out of a diffusers folder.
+    if is_diffusers(path.parent):
+        return read_diffusers(path.parent, [path])
+
+    # A run's own weights are the same network as the averaged ones beside them.
+    averaged = path.with_name("ema.safetensors")
+    if averaged.is_file() and "config" in (header := read_safetensors(averaged)[0]):
+        return json.loads(header["config"]), tensors, json.loads(header["metadata"])
+    return official_network(tensors, f"{path}, which has no config,")
 
 
 def read_safetensors(path):
@@ -584,17 +621,55 @@ def read_safetensors(path):
 
 
 def read_official(path):
-    """A bare state dict, or a training checkpoint with model, ema, opt and args."""
+    """read_weights for a .pt: a bare state dict, or one among other things (ema, model, args)."""
     saved = read_pickle(path)
     args = vars(saved["args"]) if isinstance(saved.get("args"), argparse.Namespace) else {}
-    parts = [saved[part] for part in ("ema", "model") if isinstance(saved.get(part), dict)]
-    state_dict = parts[0] if parts else saved
-    config = official_config(state_dict, path, args.get("num_classes"))
-    if config["hidden_size"] not in HEADS:
-        raise InputError(f"{path} has width {config['hidden_size']}, and an official .pt does not "
-                         f"say how many heads; known are widths {', '.join(map(str, HEADS))}")
-    config["num_heads"] = HEADS[config["hidden_size"]]
-    return config, state_dict, {key: args[key] for key in ("image_size", "vae") if key in args}
+    metadata = {key: args[key] for key in ("image_size", "vae") if key in args}
+    return official_network(saved, path, args.get("num_classes"), metadata)
+
+
+def official_network(saved, source, num_classes=None, metadata=None):
+    """(config, state dict, metadata) of the one DiT in nested dicts of tensors.
+
+    Wherever it is, and whatever stands before its names: `model`, `state_dict`, `module.` of DDP,
+    `_orig_mod.` of torch.compile. Of several the one that is called EMA is taken.
+    """
+    # Where a network is, is seen from what stands before the name of its first weight.
+    tensors, first = dict(named_tensors(saved)), "x_embedder.proj.weight"
+    prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first)]
+    averaged = [prefix for prefix in prefixes if "ema" in prefix.lower()]
+    prefixes = averaged or prefixes or [""]
+    if len(prefixes) > 1:
+        raise InputError(f"{source} holds several networks, {', '.join(prefixes)}: keep one")
+    prefix = prefixes[0]
+    if prefix and not averaged:
+        log_stderr(f"{source}: its weights {prefix[:-1]!r} are taken, it has no EMA weights")
+    state_dict = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+                  if name.startswith(prefix)}
+
+    # Shapes tell everything but the number of heads.
+    config = official_config(state_dict, source, num_classes)
+    width = config["hidden_size"]
+    if width not in HEADS:
+        raise InputError(f"{source} has width {width}, and does not say how many heads; known are "
+                         f"widths {', '.join(map(str, HEADS))}")
+    return config | dict(num_heads=HEADS[width]), state_dict, metadata or {}
+
+
+WRAPPERS = {  # what DDP and averaging, torch.compile, FSDP and checkpointing put into names
+    "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+}
+
+
+def named_tensors(saved, prefix="", levels=4):
+    """(name, tensor) of all tensors in nested dicts: dotted names, without WRAPPERS."""
+    for name, value in saved.items():
+        parts = [part for part in str(name).split(".") if part not in WRAPPERS]
+        whole = prefix + ".".join(parts)
+        if torch.is_tensor(value):
+            yield whole, value
+        elif isinstance(value, dict) and levels:  # a damaged file may nest without end
+            yield from named_tensors(value, f"{whole}." if whole else "", levels - 1)
 
 
 def read_pickle(path):
@@ -721,8 +796,37 @@ def from_diffusers(tensors, config, source):
     return state_dict | tensors
 
 
-def read_diffusers(folder):
-    """A transformer folder: config.json, and its weights as .safetensors, shards, or .bin."""
+def is_diffusers(folder):
+    """Whether a folder is a model of diffusers, by its names; a run's folder also has a config."""
+    if any(folder.glob("diffusion_pytorch_model*")):
+        return True
+    try:
+        return "_class_name" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def diffusers_files(folder):
+    """One file of weights, or all its shards: NAME[.VARIANT][-00001-of-00002].safetensors or .bin.
+
+    Of several sets diffusers' own name is preferred, then .safetensors, then no variant: float32.
+    """
+    sets = {}
+    for file in sorted(folder.iterdir()):
+        if re.fullmatch(r"\w*model(\.\w+)?(-\d+-of-\d+)?(\.\w+)?\.(safetensors|bin)", file.name):
+            sets.setdefault(re.sub(r"-\d+-of-\d+", "", file.name), []).append(file)
+    if not sets:
+        raise InputError(f"{folder} has no weights: no diffusion_pytorch_model.safetensors")
+
+    def rank(name):
+        return not name.startswith("diffusion_"), name.endswith(".bin"), name.count("."), name
+
+    return sets[min(sets, key=rank)]
+
+
+def read_diffusers(folder, files):
+    """read_weights for a transformer folder: its config.json, and these files of weights."""
+    # Theirs in our words, and nothing that makes it another network.
     try:
         theirs = json.loads((folder / "config.json").read_text())
         config = {ours: theirs[key] for ours, key in DIFFUSERS_CONFIG.items()}
@@ -735,11 +839,14 @@ def read_diffusers(folder):
         if theirs.get(key, value) != value:
             raise InputError(f"{folder} is not a diffusers DiT: its config.json has {key} "
                              f"{theirs[key]}")
-    one, pickled = (folder / f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin"))
-    files = [one] if one.exists() else sorted(folder.glob("diffusion_pytorch_model-*.safetensors"))
-    tensors = {} if files or not pickled.exists() else read_pickle(pickled)
+    # Shards hold different tensors, else some are left over from another saving.
+    tensors = {}
     for file in files:
-        tensors |= read_safetensors(file)[1]
+        new = read_pickle(file) if file.suffix == ".bin" else read_safetensors(file)[1]
+        if twice := sorted(tensors.keys() & new.keys()):
+            raise InputError(f"{folder} has {twice[0]} in two files, one of them {file.name}: "
+                             "remove the files that do not belong there")
+        tensors |= new
     return config, from_diffusers(tensors, config, folder), {}
 
 
@@ -761,6 +868,7 @@ def download(name):
     """The transformer folder of a name in the hub's cache, downloaded if it is not there."""
     from huggingface_hub import snapshot_download
 
+    reach_hub()
     repository = HUB[name]
     log_stderr(f"{name}: Meta's weights, huggingface.co/{repository}, licence CC BY-NC 4.0: "
                "not for commercial use")
@@ -770,8 +878,7 @@ def download(name):
         if not any(folder.glob("*.safetensors")):
             snapshot_download(repository, allow_patterns="transformer/*.bin")
     except Exception as error:  # whatever the hub's client and its HTTP library raise
-        raise InputError(f"cannot download {name} from huggingface.co ({type(error).__name__}): is "
-                         "there a network? Else give --ckpt its file or folder") from error
+        raise hub_error(name, error, "give --ckpt its file or folder") from error
     # The hub's cache names large files by their SHA-256.
     for weights in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
         if fingerprint(weights) != weights.resolve().name:
@@ -800,22 +907,81 @@ class RankLocalError(InputError):
 
 def log_stderr(text, everywhere=False):
     """Print one line on stderr, on rank 0 or, if only this rank may know, everywhere."""
-    if everywhere or int(os.environ.get("RANK", 0)) == 0:
+    # A RANK that some other program left in the environment means nothing to a lone process.
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    if everywhere or rank == "0":
         print(" ".join(text.split()), file=sys.stderr)
+
+
+warn_once = functools.cache(log_stderr)
 
 
 def run_command(main, args=None):
     """Run `main(args)` as a command line: an InputError is one line on stderr and exit status 2.
 
-    Ctrl-C gives status 130. Any other exception is a bug and keeps its traceback.
+    Ctrl-C gives status 130, output that nobody reads any more (`| head`) 141, as of any program.
+    Any other exception is a bug and keeps its traceback.
     """
     try:
         main(args)
+        sys.stdout.flush()  # here, or the interpreter's end would be what meets a cut pipe
     except InputError as error:
         log_stderr(f"error: {error}", everywhere=isinstance(error, RankLocalError))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        # A pipe to something else, such as a worker, is a bug.
+        if not stdout_is_cut():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def stdout_is_cut():
+    """Whether writing to stdout raises BrokenPipeError."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
+
+
+@functools.cache
+def reach_hub(seconds=5):
+    """Whether the Hugging Face hub answers; call it before anything that may ask the hub.
+
+    If it does not answer within seconds, its client (in diffusers and datasets too) is told that it
+    is offline: what the cache holds still loads, the rest fails at once and not after retries.
+    """
+    from huggingface_hub import constants, get_session, logging
+
+    logging.set_verbosity_error()  # else a line for each attempt: an error says it once
+    answers = []
+
+    def ask():
+        with contextlib.suppress(Exception):  # of whichever HTTP library the client uses
+            answers.append(get_session().head(constants.ENDPOINT, timeout=seconds))
+
+    # In a thread, since a name server that is silent knows no timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    reached = bool(answers) and answers[0].status_code < 500
+    if not reached:
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for workers, and libraries that are imported later
+    return reached
+
+
+def hub_error(what, error, instead):
+    """The InputError for what cannot be had from the hub; instead: what else the user may do."""
+    from huggingface_hub import constants
+
+    host = constants.ENDPOINT.split("://")[-1]
+    reason = type(error).__name__ if reach_hub() else "it does not answer"
+    return InputError(f"cannot download {what} from {host} ({reason}): is there a network? Else "
+                      f"{instead}")
 
 
 def fingerprint(*parts):
@@ -850,32 +1016,45 @@ def fingerprint(*parts):
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def where_supported(warning=None):
+    """What some file systems cannot do (locks, chmod, fsync of folders) is left out there.
+
+    warning: what is said then, once.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM,
+                               errno.EACCES, errno.ENOLCK):
+            raise
+        if warning:
+            warn_once(f"warning: {warning}")
+
+
 def sync_folder(folder):
     """Have the names in a folder reach the disk, as after a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with where_supported(f"{folder} is on a file system that cannot sync folders: a power failure "
+                         "may lose the newest files"):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_atomically(path, write):
     """Call write(temporary_path), flush to disk, rename to path: a file is whole or not there.
 
-    Raises RankLocalError naming path and reason when the system refuses (full disk, permission).
+    A link stays one, and the file that it leads to is written. What is not a file (a device, a
+    FIFO) and our own stdout get the bytes. Raises RankLocalError naming path and reason when the
+    system refuses (full disk, no permission).
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        os.chmod(temporary, mode)  # safetensors leaves a file that only its owner can read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        if is_stdout(path) or (Path(path).exists() and not Path(path).is_file()):
+            write_through(path, write)
+        else:
+            replace_file(Path(os.path.realpath(path)), write)
     except (OSError, SafetensorError) as error:
         raise RankLocalError(f"cannot write {path}: {error}") from error
     except RuntimeError as error:
@@ -883,6 +1062,40 @@ def write_atomically(path, write):
             raise
         reason = "torch.save could not finish, is the disk full?"
         raise RankLocalError(f"cannot write {path}: {reason}") from error
+
+
+def is_stdout(path):
+    """Whether a path, such as /dev/stdout, is where this process prints to."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:
+        return False
+
+
+def write_through(path, write):
+    """Copy what write(temporary_path) made into something that is there."""
+    sys.stdout.flush()
+    target = os.dup(1) if is_stdout(path) else path  # after what was printed, not over it
+    with tempfile.TemporaryDirectory() as folder, open(target, "wb") as device:
+        temporary = Path(folder) / f"new{Path(path).suffix}"
+        write(temporary)
+        device.write(temporary.read_bytes())
+
+
+def replace_file(path, write):
+    """Write beside path, sync, and rename to it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        with where_supported():
+            os.chmod(temporary, mode)  # safetensors leaves a file that only its owner can read
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         if temporary.is_file():
             temporary.unlink()

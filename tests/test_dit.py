@@ -1,14 +1,18 @@
 """The network against figures of the official code, and weights in and out of every layout."""
 
 import argparse
+import errno
 import json
 import math
 import os
 import pickle
 import resource
+import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -676,3 +680,261 @@ def test_run_command_ends_without_traceback(error, status, said, capsys):
     with pytest.raises(SystemExit) as exit:
         dit.run_command(main)
     assert exit.value.code == status and capsys.readouterr().err == said
+
+
+# ------------------------------------------------------------------------------ what people bring
+
+
+def renamed(network, rename):
+    return {rename(name): tensor for name, tensor in network.state_dict().items()}
+
+
+def first_block(wrapper):
+    return lambda name: name.replace("blocks.0.", f"blocks.0.{wrapper}.")
+
+
+@pytest.mark.parametrize("pack", [
+    lambda own, other: renamed(own, "module.{}".format),
+    lambda own, other: renamed(own, "_orig_mod.{}".format),
+    lambda own, other: renamed(own, "module._orig_mod.{}".format),
+    lambda own, other: renamed(own, first_block("_orig_mod")),
+    lambda own, other: renamed(own, first_block("_checkpoint_wrapped_module")),
+    lambda own, other: dict(state_dict=own.state_dict()),
+    lambda own, other: dict(state_dict=renamed(own, "net.{}".format), epoch=3),
+    lambda own, other: dict(model=own.state_dict(), ema={}, step=torch.tensor(3)),
+    lambda own, other: dict(model=own.state_dict(), ema=None),
+    lambda own, other: dict(model=other.state_dict(), ema=renamed(own, "module.{}".format)),
+    lambda own, other: dict(model=other.state_dict(), model_ema=dict(module=own.state_dict())),
+    lambda own, other: dict(n_averaged=torch.tensor(5), **renamed(own, "net.{}".format)),
+], ids=str)
+def test_weights_are_found_under_any_name(pack, tiny, tmp_path):
+    """In a .pt; what is flat also in a .safetensors without a config."""
+    content = pack(tiny, fill(DiT(**TINY), 8))
+    torch.save(content, tmp_path / "a.pt")
+    assert equal(load_checkpoint(tmp_path / "a.pt"), tiny)
+    if all(map(torch.is_tensor, content.values())):
+        save_file(content, tmp_path / "a.safetensors")
+        model = load_checkpoint(tmp_path / "a.safetensors")
+        assert equal(model, tiny) and model.config == tiny.config
+
+
+def test_which_weights_were_taken_is_said_or_asked(tiny, tmp_path, capsys):
+    for content, said in [(dict(ema=tiny.state_dict(), model=tiny.state_dict()), ""),
+                          (dict(ema={}, model=tiny.state_dict()), "'model' are taken, it has no")]:
+        torch.save(content, tmp_path / "a.pt")
+        load_checkpoint(tmp_path / "a.pt")
+        assert said in (err := capsys.readouterr().err) and bool(err) == bool(said)
+    torch.save(dict(good=tiny.state_dict(), best=tiny.state_dict()), tmp_path / "a.pt")
+    with pytest.raises(InputError, match="several networks, good., best.: keep one"):
+        load_checkpoint(tmp_path / "a.pt")
+    endless = {}
+    endless["again"] = endless
+    torch.save(endless, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="x_embedder.proj.weight is missing"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_runs_own_weights_have_the_config_beside_them(tmp_path):
+    model = fill(DiT(**TINY | dict(num_heads=4), class_dropout_prob=0.0), 7)  # no shape says these
+    folder = tmp_path / "checkpoints" / "0000002"
+    save_checkpoint(folder / "ema.safetensors", fill(DiT(**model.config), 8), step=2, vae="none")
+    save_file(model.state_dict(), folder / "model.safetensors")
+    raw = load_checkpoint(folder / "model.safetensors")
+    assert equal(raw, model) and raw.config == model.config
+    assert raw.metadata == dict(step=2, vae="none")
+    dit.save_weights(tmp_path / "b.safetensors", model.state_dict(), model.config, dict(step=3))
+    alone = load_checkpoint(tmp_path / "b.safetensors")
+    assert equal(alone, model) and alone.config == model.config and alone.metadata == dict(step=3)
+
+
+def test_a_copy_beside_a_runs_checkpoints_is_not_the_runs(tiny, tmp_path):
+    for step, name in enumerate(("0000002", "0000003-keep", "4-best", "\u00b2", "0x9")):
+        save_checkpoint(tmp_path / "checkpoints" / name / "ema.safetensors", tiny, step=step)
+    assert load_checkpoint(tmp_path).metadata == dict(step=0)
+
+
+STEM = "diffusion_pytorch_model"
+
+
+@pytest.mark.parametrize("names", [
+    [f"{STEM}.fp16.safetensors"], [f"{STEM}.non_ema.safetensors"], ["model.safetensors"],
+    [f"{STEM}-00001-of-00002.safetensors", f"{STEM}-00002-of-00002.safetensors"],
+    [f"{STEM}.fp16-00001-of-00002.safetensors", f"{STEM}.fp16-00002-of-00002.safetensors"],
+    [f"{STEM}-00001-of-00002.fp16.safetensors", f"{STEM}-00002-of-00002.fp16.safetensors"],
+    [f"{STEM}.bin"], [f"{STEM}.fp16.bin"], ["pytorch_model.bin"],
+    [f"{STEM}-00001-of-00002.bin", f"{STEM}-00002-of-00002.bin"],
+], ids=lambda names: names[0])
+def test_diffusers_files_of_every_name(names, tiny, tmp_path):
+    """Any one set of weights loads; where a second is there, float32 .safetensors is preferred."""
+    save_checkpoint(tmp_path / "a.safetensors", tiny)
+    dit.convert(tmp_path / "a.safetensors", tmp_path / "a")
+    folder = tmp_path / "a" / "transformer"
+    plain = folder / f"{STEM}.safetensors"
+    tensors, whole = load_file(plain), plain.read_bytes()
+    plain.unlink()
+    for part, name in enumerate(names):
+        share = dict(list(tensors.items())[part :: len(names)])
+        (torch.save if name.endswith("bin") else save_file)(share, folder / name)
+    (folder / f"{names[0]}.index.json").write_text("{}")
+    (folder / f"._{STEM}.safetensors").write_text("a Mac's")
+    torch.save({}, folder / "optimizer.bin")
+    assert equal(load_checkpoint(tmp_path / "a"), tiny)
+    if len(names) == 1 and not names[0].endswith("bin"):
+        assert equal(load_checkpoint(folder / names[0]), tiny)
+
+    # Beside the plain file others are ignored, but for shards of the same weights.
+    plain.write_bytes(whole)
+    if "of-00002.safetensors" in names[0] and "fp16" not in names[0]:
+        with pytest.raises(InputError, match="in two files"):
+            load_checkpoint(folder)
+    else:
+        for name in names:
+            (folder / name).write_bytes(b"")
+        assert equal(load_checkpoint(folder), tiny)
+
+
+def test_a_pipelines_own_vae_is_remembered(tiny, tmp_path):
+    save_checkpoint(tmp_path / "a.safetensors", tiny)
+    dit.convert(tmp_path / "a.safetensors", tmp_path / "a")
+    assert load_checkpoint(tmp_path / "a").metadata == {}
+    (tmp_path / "a" / "vae").mkdir()
+    (tmp_path / "a" / "vae" / "config.json").write_text("{}")
+    assert load_checkpoint(tmp_path / "a").metadata == dict(vae=str(tmp_path / "a" / "vae"))
+    assert load_checkpoint(tmp_path / "a" / "transformer").metadata == {}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(value, tiny, tmp_path, capsys):
+    with torch.no_grad():
+        tiny.blocks[1].mlp.fc1.bias[3] = value
+    save_checkpoint(tmp_path / "a.safetensors", tiny)
+    torch.save(tiny.state_dict(), tmp_path / "a.pt")
+    torch.save(tiny.half().state_dict(), tmp_path / "half.pt")
+    for name in ("a.safetensors", "a.pt", "half.pt"):
+        words = f"{name} .*blocks.1.mlp.fc1.bias has values that are not finite"
+        with pytest.raises(InputError, match=words):
+            load_checkpoint(tmp_path / name)
+    for step in (1, 2):
+        model = fill(DiT(**TINY), 7) if step == 1 else tiny
+        save_checkpoint(tmp_path / "checkpoints" / str(step) / "ema.safetensors", model, step=step)
+    assert load_checkpoint(tmp_path).metadata == dict(step=1)
+    assert "blocks.1.mlp.fc1.bias" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- house rules
+
+
+def test_what_is_not_a_file_is_written_through(tiny, tmp_path):
+    """A FIFO, a device and links to them stay what they are; a link's file is written."""
+    fifo, link, missing = tmp_path / "fifo", tmp_path / "link", tmp_path / "missing"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    missing.symlink_to(tmp_path / "new" / "file")
+    for path in (fifo, link):
+        reader = subprocess.Popen(["cat", str(fifo)], stdout=subprocess.PIPE)
+        dit.write_atomically(path, lambda new: new.write_text("hello"))
+        assert reader.communicate()[0] == b"hello" and fifo.is_fifo() and link.is_symlink()
+    dit.write_atomically(missing, lambda new: new.write_text("hello"))
+    assert missing.is_symlink() and (tmp_path / "new" / "file").read_text() == "hello"
+    null = tmp_path / "null"
+    null.symlink_to(os.devnull)
+    dit.write_atomically(null, lambda new: new.write_text("hello"))
+    assert Path(os.devnull).is_char_device() and null.is_symlink()
+    with pytest.raises(InputError, match="cannot write"):
+        dit.write_atomically(tmp_path, lambda new: new.write_text("hello"))
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "link", "missing", "new", "null"]
+
+
+@pytest.mark.parametrize("path", ["/proc/self/fd/1", "/dev/stdout"])
+@pytest.mark.parametrize("piped", [True, False])
+def test_our_own_stdout_is_written_through(piped, path, tmp_path):
+    code = f"import dit; print('a'); dit.write_json('{path}', 1); print('b')"
+    with open(tmp_path / "out", "wb") as file:
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
+                                stdout=subprocess.PIPE if piped else file)
+    text = result.stdout if piped else (tmp_path / "out").read_bytes()
+    assert text == b"a\n1\nb\n"
+
+
+@pytest.mark.parametrize("reason", ["EINVAL", "ENOTSUP", "ENOSYS", "EPERM", "EACCES"])
+def test_file_systems_that_refuse_go_on_with_one_warning(reason, tmp_path, monkeypatch, capsys):
+    """fsync of a folder and chmod; a full disk or a broken one is another matter."""
+    dit.warn_once.cache_clear()
+    fsync, number = os.fsync, getattr(errno, reason)
+
+    def refuse(number):
+        raise OSError(number, os.strerror(number))
+
+    def sync(descriptor):
+        return refuse(number) if stat.S_ISDIR(os.fstat(descriptor).st_mode) else fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "chmod", lambda *args: refuse(number))
+    for _ in range(2):
+        dit.write_json(tmp_path / "a.json", 1)
+    said = capsys.readouterr().err
+    assert "cannot sync folders" in said and len(said.splitlines()) == 1
+    number = errno.EIO
+    with pytest.raises(InputError, match="cannot write"):
+        dit.write_json(tmp_path / "b.json", 1)
+    assert (tmp_path / "a.json").read_text() == "1\n"
+
+
+@pytest.mark.parametrize(("environment", "shown"), [
+    ({}, True), (dict(RANK="1"), True), (dict(RANK="1", WORLD_SIZE="1"), True),
+    (dict(RANK="x"), True), (dict(RANK="1", WORLD_SIZE="2"), False),
+    (dict(RANK="0", WORLD_SIZE="2"), True)])
+def test_only_a_rank_among_several_is_silent(environment, shown, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    dit.log_stderr("hello")
+    assert capsys.readouterr().err == ("hello\n" if shown else "")
+    dit.log_stderr("hello", everywhere=True)
+    assert capsys.readouterr().err == "hello\n"
+
+
+@pytest.mark.parametrize("code", [
+    "print('short')",  # only the interpreter's last flush meets the cut pipe
+    "[print('x' * 1000, flush=True) for _ in range(1000)]"])
+def test_output_that_is_cut_ends_quietly(code):
+    code = f"import dit\ndef main(_):\n    input()\n    {code}\ndit.run_command(main)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stdin.write(b"now\n")
+    process.stdin.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_a_broken_pipe_to_something_else_is_a_bug():
+    def main(_):
+        raise BrokenPipeError("a worker")
+
+    with pytest.raises(BrokenPipeError, match="a worker"):
+        dit.run_command(main)
+
+
+@pytest.mark.parametrize("kind", ["silent", "refused", "down", "up"])
+def test_a_hub_that_does_not_answer_is_known_in_time(kind, monkeypatch):
+    """And from then on its client is offline; one that answers is used."""
+    import huggingface_hub
+
+    class Session:
+        def head(self, url, timeout):
+            if kind == "silent":
+                time.sleep(5)
+            if kind == "refused":
+                raise OSError("refused")
+            return SimpleNamespace(status_code=503 if kind == "down" else 200)
+
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    began = time.monotonic()
+    assert dit.reach_hub.__wrapped__(seconds=0.2) == (kind == "up")
+    assert time.monotonic() - began < 2
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    assert offline == (kind != "up")
+    assert os.environ["HF_HUB_OFFLINE"] == ("" if kind == "up" else "1")
