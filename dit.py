@@ -38,6 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------ the network, in the order of a forward pass
@@ -374,18 +375,81 @@ def count_macs(config):
     return tokens * (config["depth"] * block + ends) + once
 
 
+def state_bytes(model):
+    """Bytes of training without the images: weights, EMA, AdamW's two moments, gradients.
+
+    All of them are float32; positions are in the weights and the EMA alone.
+    """
+    weights = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 4 * (2 * weights + 3 * trained)
+
+
+def kept_bytes(config):
+    """Bytes that a forward pass in bfloat16 keeps for backward, per image.
+
+    Returns two numbers: without and with gradient checkpointing. They are counted: on meta tensors,
+    which have shapes but no memory, autograd shows each tensor that it saves.
+    """
+    with torch.device("meta"):
+        model = DiT(**config | dict(depth=1)).train()
+
+    def kept(images):
+        storages = set()  # the same memory may be saved under several shapes
+
+        def note(tensor):
+            storages.add(tensor.untyped_storage())
+            return tensor
+
+        with torch.device("meta"):
+            x = torch.empty(images, model.in_channels, model.input_size, model.input_size)
+            t, y = torch.zeros(images), torch.zeros(images, dtype=torch.int64)
+            with AutocastOnMeta(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+                model(x, t, y)
+        return sum(storage.nbytes() for storage in storages)
+
+    # What two images keep more than one leaves out the weights; every block keeps the same.
+    block, model.blocks = model.blocks, nn.ModuleList()
+    ends = kept(images=2) - kept(images=1)
+    model.blocks = block
+    totals = []
+    for checkpointing in (False, True):
+        model.gradient_checkpointing = checkpointing
+        totals.append(ends + config["depth"] * (kept(images=2) - kept(images=1) - ends))
+    return totals
+
+
+class AutocastOnMeta(TorchFunctionMode):
+    """Meta tensors treated as autocast to bfloat16 treats a GPU's: PyTorch has none for them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.linear, F.conv2d):
+            args = [value.bfloat16() if torch.is_tensor(value) else value for value in args]
+        if function is F.scaled_dot_product_attention:
+            # As all fused kernels this one keeps q, k, v, the output and a number for each row.
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+        return function(*args, **(kwargs or {}))
+
+
 def print_configs():
-    """The paper's configurations as a table: sizes, parameters, and Gflops beside the paper's."""
-    print(f"{'':10}{'image':>7}{'tokens':>8}{'depth':>7}{'width':>7}{'heads':>7}{'parameters':>14}"
-          f"{'Gflops':>9}{'paper':>9}")
+    """The paper's configurations as a table: parameters, Gflops, and the memory of training.
+
+    state: of weights, EMA, AdamW and gradients; kept: for each image of a step in bfloat16, without
+    and with gradient checkpointing.
+    """
+    print(f"{'':10}{'image':>6}{'tokens':>7}{'depth':>6}{'width':>6}{'heads':>6}{'parameters':>13}"
+          f"{'Gflops':>8}{'paper':>8}{'state, GB':>11}{'kept, MB/image':>16}")
     for (name, input_size), paper in PAPER_GFLOPS.items():
         with torch.device("meta"):
             model = build_dit(name, input_size=input_size)
         pixels, tokens = input_size * 8, model.pos_embed.shape[1]
         parameters = sum(p.numel() for p in model.parameters())
         gflops = count_macs(model.config) / 1e9
-        print(f"{name:10}{pixels:>7}{tokens:>8}{model.depth:>7}{model.hidden_size:>7}"
-              f"{model.num_heads:>7}{parameters:>14,}{gflops:>9.2f}{paper:>9.2f}")
+        state = state_bytes(model) / 1e9
+        kept = kept_bytes(model.config)
+        print(f"{name:10}{pixels:>6}{tokens:>7}{model.depth:>6}{model.hidden_size:>6}"
+              f"{model.num_heads:>6}{parameters:>13,}{gflops:>8.2f}{paper:>8.2f}{state:>11.2f}"
+              f"{kept[0] / 1e6:>9.1f} {kept[1] / 1e6:>6.1f}")
 
 
 # --------------------------------------------------------------------------- weights in and out

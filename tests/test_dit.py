@@ -155,7 +155,35 @@ def test_the_table_shows_parameters_and_gflops_beside_the_papers(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 14
     assert lines[1] == ["DiT-XL/2", "256", "256", "28", "1152", "16", "675,129,632", "118.62",
-                        "118.64"]
+                        "118.64", "13.50", "400.5", "36.0"]
+
+
+def test_the_bytes_of_training_state_are_those_of_a_training(tiny):
+    ema = fill(DiT(**TINY), 7)
+    trained = [p for p in tiny.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(trained)
+    gradients(tiny, tiny)
+    adam.step()
+    tensors = [*tiny.parameters(), *ema.parameters(), *[p.grad for p in trained]]
+    for state in adam.state.values():
+        tensors += [state["exp_avg"], state["exp_avg_sq"]]
+    assert dit.state_bytes(tiny) == sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_bytes_kept_for_backward_are_those_of_real_tensors(checkpointing, tiny):
+    """float16 has bfloat16's size, and on a CPU the fused attention that GPUs have for both."""
+    tiny.train().gradient_checkpointing = checkpointing
+    kept = []
+    for n in (1, 3):
+        storages = set()
+        x, t, y = inputs(tiny, n)
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor, kept=storages: kept.add(tensor.untyped_storage()) or tensor,
+                lambda tensor: tensor), torch.autocast("cpu", torch.float16):
+            tiny(x, t, y)
+        kept.append(sum(storage.nbytes() for storage in storages))
+    assert dit.kept_bytes(tiny.config)[checkpointing] == (kept[1] - kept[0]) / 2
 
 
 @pytest.mark.parametrize("case", CASES["init"], ids=["S8", "tiny"])
@@ -538,9 +566,8 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
-def test_the_table_costs_no_more_than_torch():
-    code = ("import sys, dit; dit.main(dit.parse_args([])); "
-            "print({'diffusers', 'torch._dynamo'} & set(sys.modules))")
+def test_import_costs_no_more_than_torch():
+    code = "import sys, dit; print({'diffusers', 'torch._dynamo'} & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "set()"
@@ -849,8 +876,9 @@ def test_what_is_not_a_file_is_written_through(tiny, tmp_path):
 @pytest.mark.parametrize("piped", [True, False])
 def test_our_own_stdout_is_written_through(piped, path, tmp_path):
     code = f"import dit; print('a'); dit.write_json('{path}', 1); print('b')"
+    buffered = os.environ | dict(PYTHONUNBUFFERED="")
     with open(tmp_path / "out", "wb") as file:
-        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=buffered, check=True,
                                 stdout=subprocess.PIPE if piped else file)
     text = result.stdout if piped else (tmp_path / "out").read_bytes()
     assert text == b"a\n1\nb\n"
@@ -900,8 +928,9 @@ def test_only_a_rank_among_several_is_silent(environment, shown, monkeypatch, ca
     "[print('x' * 1000, flush=True) for _ in range(1000)]"])
 def test_output_that_is_cut_ends_quietly(code):
     code = f"import dit\ndef main(_):\n    input()\n    {code}\ndit.run_command(main)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | dict(PYTHONUNBUFFERED=""),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     process.stdin.write(b"now\n")
     process.stdin.close()
