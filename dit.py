@@ -207,6 +207,17 @@ class DiTConfig:
     num_classes: int = 1000
     learn_sigma: bool = True  # whether C more channels predict the variance
 
+    def __post_init__(self):
+        """InputError unless patches tile the image, heads share D, and positions its quarters."""
+        sides, width, heads = (self.input_size, self.patch_size), self.hidden_size, self.num_heads
+        try:
+            fits = not (sides[0] % sides[1] or width % heads or width % 4)
+        except (TypeError, ZeroDivisionError):  # a damaged file may hold anything
+            fits = False
+        if not fits:
+            raise InputError(f"input size {sides[0]} must divide by patch size {sides[1]}, hidden "
+                             f"size {width} by 4 and by {heads} heads")
+
 
 class DiT(nn.Module):
     """The Diffusion Transformer (figure 3). Its arguments are DiTConfig's, by name.
@@ -225,13 +236,8 @@ class DiT(nn.Module):
         self.metadata = {}
         self.gradient_checkpointing = False
 
-        # Patches tile the image, heads share the width, and positions need its quarters.
-        width, heads = self.hidden_size, self.num_heads
-        if self.input_size % self.patch_size or width % heads or width % 4:
-            raise InputError(f"input size {self.input_size} must divide by patch size "
-                             f"{self.patch_size}, hidden size {width} by 4 and by {heads} heads")
-
         # Input: a token a patch, their positions, and the two halves of the conditioning vector.
+        width = self.hidden_size
         self.x_embedder = PatchEmbed(self.patch_size, self.in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(self.num_classes, width, self.class_dropout_prob)
@@ -240,7 +246,7 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(positions.unsqueeze(0), requires_grad=False)  # never trained
 
         # The blocks, and back to pixels.
-        blocks = [DiTBlock(width, heads, self.mlp_ratio) for _ in range(self.depth)]
+        blocks = [DiTBlock(width, self.num_heads, self.mlp_ratio) for _ in range(self.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(width, self.patch_size, self.out_channels)
         self.initialize_weights()
@@ -391,6 +397,7 @@ def kept_bytes(config):
     Returns two numbers: without and with gradient checkpointing. They are counted: on meta tensors,
     which have shapes but no memory, autograd shows each tensor that it saves.
     """
+    # One block is enough, since all keep the same.
     with torch.device("meta"):
         model = DiT(**config | dict(depth=1)).train()
 
@@ -408,7 +415,7 @@ def kept_bytes(config):
                 model(x, t, y)
         return sum(storage.nbytes() for storage in storages)
 
-    # What two images keep more than one leaves out the weights; every block keeps the same.
+    # What two images keep more than one leaves out the weights.
     block, model.blocks = model.blocks, nn.ModuleList()
     ends = kept(images=2) - kept(images=1)
     model.blocks = block
@@ -442,6 +449,7 @@ def print_configs():
     for (name, input_size), paper in PAPER_GFLOPS.items():
         with torch.device("meta"):
             model = build_dit(name, input_size=input_size)
+        # The VAE makes a pixel of the latent from 8 x 8 of the image.
         pixels, tokens = input_size * 8, model.pos_embed.shape[1]
         parameters = sum(p.numel() for p in model.parameters())
         gflops = count_macs(model.config) / 1e9
@@ -495,7 +503,8 @@ def load_checkpoint(path_or_name, device="cpu"):
 
     # Of a run's checkpoints the newest that can be read; everything else is one candidate. Copies
     # that somebody put beside them under other names are not the run's.
-    steps = [path for path in path.glob("checkpoints/*") if re.fullmatch("[0-9]+", path.name)]
+    found = path.glob("checkpoints/*")
+    steps = [folder for folder in found if re.fullmatch("[0-9]+", folder.name)]
     candidates = sorted(steps, key=lambda folder: int(folder.name), reverse=True) or [path]
     for candidate in candidates:
         try:
@@ -627,9 +636,8 @@ def parse_args(argv=None):
 
 # ----------------------------------------------------------------- files of weights, of all layouts
 
-HEADS = {  # width -> heads of the known models: no tensor's shape says it
-    config["hidden_size"]: config["num_heads"] for config in (DIT_CONFIGS | DEMO_CONFIGS).values()
-}
+KNOWN = (DIT_CONFIGS | DEMO_CONFIGS).values()
+HEADS = {config["hidden_size"]: config["num_heads"] for config in KNOWN}  # which no shape tells
 
 
 def read_weights(path):
@@ -661,7 +669,8 @@ def read_safe(path):
         stored = header.pop("fingerprint", None)
         if stored is not None and stored != fingerprint(header, tensors):
             raise InputError(f"{path} is damaged: its fingerprint does not match its contents")
-        return json.loads(header["config"]), tensors, json.loads(header["metadata"])
+        config, metadata = read_header(header, path)
+        return config, tensors, metadata
 
     # One file out of a diffusers folder.
     if is_diffusers(path.parent):
@@ -669,9 +678,20 @@ def read_safe(path):
 
     # A run's own weights are the same network as the averaged ones beside them.
     averaged = path.with_name("ema.safetensors")
-    if averaged.is_file() and "config" in (header := read_safetensors(averaged)[0]):
-        return json.loads(header["config"]), tensors, json.loads(header["metadata"])
+    if averaged.is_file():
+        config, metadata = read_header(read_safetensors(averaged)[0], averaged)
+        return config, tensors, metadata
     return official_network(tensors, f"{path}, which has no config,")
+
+
+def read_header(header, path):
+    """(config, metadata) that save_checkpoint put into a file's header."""
+    try:
+        config = asdict(DiTConfig(**json.loads(header["config"])))
+        return config, json.loads(header["metadata"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: its header does not say what it is ({error!r})"
+                         ) from error
 
 
 def read_safetensors(path):
@@ -720,20 +740,18 @@ def official_network(saved, source, num_classes=None, metadata=None):
     return config | dict(num_heads=HEADS[width]), state_dict, metadata or {}
 
 
-WRAPPERS = {  # what DDP and averaging, torch.compile, FSDP and checkpointing put into names
-    "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
-}
+# What DDP and averaging, torch.compile, FSDP and checkpointing put into names.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-def named_tensors(saved, prefix="", levels=4):
+def named_tensors(saved, parents=(), levels=4):
     """(name, tensor) of all tensors in nested dicts: dotted names, without WRAPPERS."""
     for name, value in saved.items():
-        parts = [part for part in str(name).split(".") if part not in WRAPPERS]
-        whole = prefix + ".".join(parts)
+        own = [part for part in str(name).split(".") if part not in WRAPPERS]
         if torch.is_tensor(value):
-            yield whole, value
+            yield ".".join([*parents, *own]), value
         elif isinstance(value, dict) and levels:  # a damaged file may nest without end
-            yield from named_tensors(value, f"{whole}." if whole else "", levels - 1)
+            yield from named_tensors(value, [*parents, *own], levels - 1)
 
 
 def read_pickle(path):
@@ -780,17 +798,10 @@ def official_config(state_dict, source, num_classes=None):
     width, channels, patch, _ = patches
     depth = len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")})
     has_null = labels[0] != num_classes
-    return dict(
-        input_size=math.isqrt(positions[1]) * patch,
-        patch_size=patch,
-        in_channels=channels,
-        hidden_size=width,
-        depth=depth,
-        mlp_ratio=fc1[0] / width,
-        class_dropout_prob=0.1 * has_null,
-        num_classes=labels[0] - has_null,
-        learn_sigma=last[0] == 2 * channels * patch * patch,
-    )
+    return dict(input_size=math.isqrt(positions[1]) * patch, patch_size=patch, in_channels=channels,
+                hidden_size=width, depth=depth, mlp_ratio=fc1[0] / width,
+                class_dropout_prob=0.1 * has_null, num_classes=labels[0] - has_null,
+                learn_sigma=last[0] == 2 * channels * patch * patch)
 
 
 # diffusers' DiTTransformer2DModel has other names; q, k and v apart; the embedders repeated in
@@ -820,6 +831,7 @@ def diffusers_keys(depth):
         "final_layer.adaLN_modulation.1": ["proj_out_1"],
         "final_layer.linear": ["proj_out_2"],
     }
+    # The layers of the blocks themselves.
     for i in range(depth):
         ours, theirs = f"blocks.{i}.", f"transformer_blocks.{i}."
         names[ours + "adaLN_modulation.1"] = [theirs + "norm1.linear"]
@@ -896,6 +908,7 @@ def read_diffusers(folder, files):
         config = {ours: theirs[key] for ours, key in DIFFUSERS_CONFIG.items()}
         config["hidden_size"] = theirs["num_attention_heads"] * theirs["attention_head_dim"]
         config["learn_sigma"] = theirs["out_channels"] == 2 * theirs["in_channels"]
+        config = asdict(DiTConfig(**config))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"by its config.json: {error!r}"
         raise InputError(f"{folder} is not a diffusers DiT, {reason}") from error
@@ -903,6 +916,7 @@ def read_diffusers(folder, files):
         if theirs.get(key, value) != value:
             raise InputError(f"{folder} is not a diffusers DiT: its config.json has {key} "
                              f"{theirs[key]}")
+
     # Shards hold different tensors, else some are left over from another saving.
     tensors = {}
     for file in files:
@@ -958,10 +972,7 @@ class InputError(ValueError):
 
 
 class RankLocalError(InputError):
-    """An InputError that only one rank may hit (say, a broken image in its share).
-
-    So every rank prints it.
-    """
+    """An InputError that only one rank may hit (a broken image, say), so every rank prints it."""
 
     def __init__(self, message):
         # A DataLoader's worker puts its traceback above the message, which alone is for the user.
@@ -1043,7 +1054,7 @@ def hub_error(what, error, instead):
     from huggingface_hub import constants
 
     host = constants.ENDPOINT.split("://")[-1]
-    reason = type(error).__name__ if reach_hub() else "it does not answer"
+    reason = type(error).__name__ if reach_hub() else "offline"
     return InputError(f"cannot download {what} from {host} ({reason}): is there a network? Else "
                       f"{instead}")
 
@@ -1057,6 +1068,7 @@ def fingerprint(*parts):
     """
     digest = hashlib.sha256()
 
+    # Types go in with the values, or a float32 tensor could pass for an int32 one.
     def add(part):
         if isinstance(part, Path):
             with open(part, "rb") as file:
@@ -1114,6 +1126,7 @@ def write_atomically(path, write):
     FIFO) and our own stdout get the bytes. Raises RankLocalError naming path and reason when the
     system refuses (full disk, no permission).
     """
+    # Only a file can be renamed to; anything else is written into.
     try:
         if is_stdout(path) or (Path(path).exists() and not Path(path).is_file()):
             write_through(path, write)
@@ -1121,6 +1134,7 @@ def write_atomically(path, write):
             replace_file(Path(os.path.realpath(path)), write)
     except (OSError, SafetensorError) as error:
         raise RankLocalError(f"cannot write {path}: {error}") from error
+    # torch.save says no more than this when the disk is full.
     except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
             raise

@@ -594,6 +594,15 @@ def test_damaged_files_are_told(tiny, tmp_path):
                 load_checkpoint(path)
 
 
+@pytest.mark.parametrize("config", [
+    "", "{}{", "[]", '{"width": 96}', '{"patch_size": 0}', '{"num_heads": "3"}'])
+def test_a_header_without_a_fingerprint_may_hold_anything(config, tiny, tmp_path):
+    header = dict(config=config, metadata="{}")
+    save_file(tiny.state_dict(), tmp_path / "a.safetensors", metadata=header)
+    with pytest.raises(InputError, match="damaged|divide"):
+        load_checkpoint(tmp_path / "a.safetensors")
+
+
 def test_files_of_other_kinds_are_told(tmp_path):
     save_file(dict(a=torch.zeros(3)), tmp_path / "a.safetensors")
     torch.save(dict(a=torch.zeros(3)), tmp_path / "a.pt")
