@@ -1,14 +1,18 @@
 """The network against figures of the official code, and weights in and out of every layout."""
 
 import argparse
+import errno
 import json
 import math
 import os
 import pickle
 import resource
+import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,25 +24,32 @@ import dit
 from dit import DiT, InputError, build_dit, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = np.load(Path(__file__).parent / "data" / "golden" / "models.npz")  # made with the official code, float32
+# Made with the official code, in float32.
+GOLDEN = np.load(Path(__file__).parent / "data" / "golden" / "models.npz")
 CASES = json.loads(str(GOLDEN["cases"]))
-TINY = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=96, depth=2, num_heads=3, num_classes=10)
+TINY = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=96, depth=2, num_heads=3,
+            num_classes=10)
 
 
 def fill(model, seed, small=False):
-    """Give every weight the golden value of its name: embeddings x 0.5, vectors x 0.1, matrices x 1 / sqrt(fan in).
+    """Give every weight the golden value of its name.
+
+    Embeddings x 0.5, vectors x 0.1, matrices x 1 / sqrt(fan in).
 
     small: tokens near 1e-3, so that the epsilon of LayerNorm shows.
     """
     state = {}
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
-        gain = 0.5 if "table" in name else 0.1 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
+        fan_in = math.prod(shape[1:])
+        gain = 0.5 if "table" in name else 0.1 if len(shape) == 1 else 1 / math.sqrt(fan_in)
         if name == "pos_embed":
             state[name] = formula(name, shape, seed) if small else tensor
         else:
             state[name] = formula(name, shape, seed) * np.float32(gain)
-        if small and (name.startswith(("pos_embed", "x_embedder")) or ".attn.proj" in name or ".mlp.fc2" in name):
+        residual = name.startswith(("pos_embed", "x_embedder"))
+        residual = residual or ".attn.proj" in name or ".mlp.fc2" in name
+        if small and residual:
             state[name] = state[name] * np.float32(0.001)
     model.load_state_dict(state)
     return model.eval()
@@ -49,14 +60,16 @@ def make(config, kwargs):
 
 
 def close(got, key, stride=1, tolerance=2e-5):
-    """Largest error over largest value, and where they are kept the mean and spread of the whole output."""
+    """Largest error over largest value; where they are kept the mean and spread of the output."""
     want = torch.from_numpy(GOLDEN[key]).double()
     assert got.dtype == torch.float32
-    assert (got[:, :, ::stride, ::stride].double() - want).abs().max() <= tolerance * want.abs().max()
+    error = (got[:, :, ::stride, ::stride].double() - want).abs().max()
+    assert error <= tolerance * want.abs().max()
     if key + ".stats" in GOLDEN:
         mean, std, total = GOLDEN[key + ".stats"]
         whole = got.double()
-        assert abs(whole.mean() - mean) < tolerance * std and abs(whole.std(correction=0) - std) < tolerance * std
+        assert abs(whole.mean() - mean) < tolerance * std
+        assert abs(whole.std(correction=0) - std) < tolerance * std
         assert abs(whole.abs().sum() / total - 1) < tolerance
 
 
@@ -68,16 +81,16 @@ def tiny():
 def inputs(model, n=3):
     """x, t, y; the last y is the null label."""
     x = formula("x", (n, model.in_channels, model.input_size, model.input_size), 1)
-    return x, torch.linspace(0, 999, n), torch.arange(n).flip(0) * 0 + torch.tensor([1, 4, model.num_classes])[:n]
+    return x, torch.linspace(0, 999, n), torch.tensor([1, 4, model.num_classes])[:n]
 
 
-# ------------------------------------------------------------------------------------------------ the network
+# ------------------------------------------------------------------------------- the network
 
 
 @pytest.mark.parametrize("case", CASES["models"], ids=lambda case: case["id"])
 @torch.no_grad()
 def test_outputs_equal_the_official_ones(case):
-    """forward at fractional, whole and out-of-range t, positions, and guidance of all and of three channels."""
+    """forward at fractional, whole and out-of-range t, positions, guidance of all and of three."""
     name, seed = case["id"], case["seed"]
     model = fill(make(case["config"], case["kwargs"]), seed, case["small"])
     x, y = formula("x", case["x_shape"], seed), torch.tensor(case["y"])
@@ -95,13 +108,15 @@ def test_outputs_equal_the_official_ones(case):
 
 @torch.no_grad()
 def test_label_dropout_gives_the_null_label():
-    """In training with probability 1 every label is hidden, as officially; a mask hides exactly what it says."""
+    """In training with probability 1 every label is hidden, as officially; a mask hides its own."""
     case = CASES["train_mode"]
     model = fill(DiT(**case["kwargs"]), case["seed"]).train()
-    x, t, y = formula("x", case["x_shape"], case["seed"]), torch.tensor(case["t"]), torch.tensor(case["y"])
+    x, t = formula("x", case["x_shape"], case["seed"]), torch.tensor(case["t"])
+    y = torch.tensor(case["y"])
     close(model(x, t, y), "drop_all.fwd")
     first = model(x, t, y, drop=torch.tensor([True, False]))
-    assert torch.equal(first, model(x, t, torch.tensor([10, y[1]]), drop=torch.tensor([False, False])))
+    hidden = torch.tensor([10, y[1]])
+    assert torch.equal(first, model(x, t, hidden, drop=torch.tensor([False, False])))
     assert not torch.allclose(first[1], model(x, t, y)[1])
 
 
@@ -113,15 +128,16 @@ def test_configurations_have_the_official_shapes_and_sizes():
             assert sum(p.numel() for p in model.parameters()) == total, name
             assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable, name
         for case in CASES["shapes"]:
-            got = {key: list(t.shape) for key, t in make(case["config"], case["kwargs"]).state_dict().items()}
+            state = make(case["config"], case["kwargs"]).state_dict()
+            got = {key: list(tensor.shape) for key, tensor in state.items()}
             assert len(got) == case["keys"] and case["shapes"].items() <= got.items()
 
 
 def test_multiply_adds_equal_the_flop_counter_and_the_paper():
     from torch.utils.flop_counter import FlopCounterMode
 
-    odd = dict(input_size=12, patch_size=3, in_channels=1, hidden_size=48, depth=2, num_heads=4, mlp_ratio=3.0,
-               num_classes=5, learn_sigma=False)
+    odd = dict(input_size=12, patch_size=3, in_channels=1, hidden_size=48, depth=2, num_heads=4,
+               mlp_ratio=3.0, num_classes=5, learn_sigma=False)
     with torch.device("meta"):
         for model in (build_dit("DiT-S/4"), build_dit("DiT-B/2", input_size=64), DiT(**odd)):
             x = torch.empty(1, model.in_channels, model.input_size, model.input_size)
@@ -138,12 +154,41 @@ def test_the_table_shows_parameters_and_gflops_beside_the_papers(capsys):
     dit.main(dit.parse_args([]))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 14
-    assert lines[1] == ["DiT-XL/2", "256", "256", "28", "1152", "16", "675,129,632", "118.62", "118.64"]
+    assert lines[1] == ["DiT-XL/2", "256", "256", "28", "1152", "16", "675,129,632", "118.62",
+                        "118.64", "13.50", "400.5", "36.0"]
+
+
+def test_the_bytes_of_training_state_are_those_of_a_training(tiny):
+    ema = fill(DiT(**TINY), 7)
+    trained = [p for p in tiny.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(trained)
+    gradients(tiny, tiny)
+    adam.step()
+    tensors = [*tiny.parameters(), *ema.parameters(), *[p.grad for p in trained]]
+    for state in adam.state.values():
+        tensors += [state["exp_avg"], state["exp_avg_sq"]]
+    assert dit.state_bytes(tiny) == sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_bytes_kept_for_backward_are_those_of_real_tensors(checkpointing, tiny):
+    """float16 has bfloat16's size, and on a CPU the fused attention that GPUs have for both."""
+    tiny.train().gradient_checkpointing = checkpointing
+    kept = []
+    for n in (1, 3):
+        storages = set()
+        x, t, y = inputs(tiny, n)
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor, kept=storages: kept.add(tensor.untyped_storage()) or tensor,
+                lambda tensor: tensor), torch.autocast("cpu", torch.float16):
+            tiny(x, t, y)
+        kept.append(sum(storage.nbytes() for storage in storages))
+    assert dit.kept_bytes(tiny.config)[checkpointing] == (kept[1] - kept[0]) / 2
 
 
 @pytest.mark.parametrize("case", CASES["init"], ids=["S8", "tiny"])
 def test_initialisation_is_the_papers(case):
-    """Zero gates, output and biases; Xavier-uniform matrices, bounded by their limit; normal(0.02) embeddings."""
+    """Zero gates, output and biases; Xavier-uniform matrices, bounded; normal(0.02) embeddings."""
     torch.manual_seed(1)
     model = make(case["config"], case["kwargs"])
     state = model.state_dict()
@@ -164,7 +209,7 @@ def test_initialisation_is_the_papers(case):
 
 def test_other_shapes_are_refused(tiny):
     x, t, y = inputs(tiny)
-    for wrong in (x[..., :6], x[..., :4, :4], x[:, :2]):  # rectangular, another size, other channels
+    for wrong in (x[..., :6], x[..., :4, :4], x[:, :2]):  # rectangular, other size, other channels
         with pytest.raises(InputError, match="image-size"):
             tiny(wrong, t, y)
     with pytest.raises(InputError, match="must divide"):
@@ -182,6 +227,28 @@ def test_guidance_of_scale_one_is_one_conditional_pass(tiny):
     assert sizes == [3, 3]
     tiny.forward_with_cfg(x, t, y, 1.5)
     assert sizes == [3, 3, 6]
+
+
+@torch.no_grad()
+def test_guidance_in_bfloat16_is_computed_in_float32(tiny):
+    x, t, y = inputs(tiny)
+    with torch.autocast("cpu", torch.bfloat16):
+        guided = tiny.forward_with_cfg(x, t, y, 4.0)
+        null = torch.full_like(y, tiny.num_classes)
+        both = tiny(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
+    cond, uncond = both.double().chunk(2)
+    want = (uncond + 4 * (cond - uncond))[:, :3]
+    assert both.dtype == torch.bfloat16 and guided.dtype == torch.float32
+    assert (guided[:, :3] - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_tokens_are_contiguous_in_every_block(tiny):
+    """Otherwise every LayerNorm copies them."""
+    seen = []
+    for block in tiny.blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))
+    tiny(*inputs(tiny))
+    assert seen == [True, True]
 
 
 @torch.no_grad()
@@ -217,9 +284,11 @@ def test_gradient_checkpointing_changes_nothing(tiny):
 
 def check_compiled(model, **options):
     model.train()
-    plain, compiled = gradients(model, model), gradients(model, torch.compile(model, fullgraph=True, **options))
+    plain = gradients(model, model)
+    compiled = gradients(model, torch.compile(model, fullgraph=True, **options))
     assert torch.allclose(plain[0], compiled[0], rtol=1e-4, atol=1e-5)
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(plain[1], compiled[1], strict=True))
+    for a, b in zip(plain[1], compiled[1], strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_torch_compile_traces_the_whole_network(tiny):
@@ -239,21 +308,23 @@ def test_timesteps_are_embedded_in_float32_under_autocast(tiny):
     tiny.t_embedder.mlp[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.autocast("cpu", torch.bfloat16):
         tiny.t_embedder(torch.tensor([998, 999]))
-    angles = torch.tensor([[998.0], [999.0]], dtype=torch.float64) * 10000.0 ** (-torch.arange(128).double() / 128)
+    frequencies = 10000.0 ** (-torch.arange(128).double() / 128)
+    angles = torch.tensor([[998.0], [999.0]], dtype=torch.float64) * frequencies
     assert seen[0].dtype == torch.float32
     assert (seen[0] - torch.cat([angles.cos(), angles.sin()], 1)).abs().max() < 1e-4
 
 
-# ------------------------------------------------------------------------------------------------ weights in and out
+# ------------------------------------------------------------------------ weights in and out
 
 
 def equal(a, b):
     a, b = a.state_dict(), b.state_dict()
-    return list(a) == list(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    same = all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+    return list(a) == list(b) and same
 
 
 def official(path, ema, **args):
-    """A training checkpoint as the official train.py writes it; the model's own weights are others."""
+    """A training checkpoint as the official train.py writes it; its other weights are others."""
     other = DiT(**ema.config)
     optimizer = torch.optim.AdamW(other.parameters())
     torch.save(dict(model=other.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(),
@@ -290,6 +361,23 @@ def test_our_file_carries_config_and_metadata(tiny, tmp_path):
     assert model.x_embedder.proj.weight.requires_grad and not model.pos_embed.requires_grad
 
 
+def test_the_config_is_the_ten_arguments_in_their_order(tiny):
+    names = ["input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads",
+             "mlp_ratio", "class_dropout_prob", "num_classes", "learn_sigma"]
+    assert list(tiny.config) == names and tiny.config.items() >= TINY.items()
+    assert all(getattr(tiny, name) == value for name, value in tiny.config.items())
+    with pytest.raises(TypeError, match="width"):
+        DiT(**TINY, width=96)
+
+
+def test_a_file_of_the_first_release_loads(tiny, tmp_path):
+    """It has a checksum of another name and kind, and no fingerprint."""
+    header = dict(config=json.dumps(tiny.config), metadata=json.dumps(dict(step=3)), crc32="12345")
+    save_file(tiny.state_dict(), tmp_path / "a.safetensors", metadata=header)
+    model = load_checkpoint(tmp_path / "a.safetensors")
+    assert equal(model, tiny) and model.config == tiny.config and model.metadata == dict(step=3)
+
+
 def test_every_pair_of_layouts_is_bit_for_bit(tiny, tmp_path):
     names = ("a.safetensors", "a.pt", "a")
     save_checkpoint(tmp_path / "start.safetensors", tiny)
@@ -304,7 +392,8 @@ def test_every_pair_of_layouts_is_bit_for_bit(tiny, tmp_path):
     assert equal(load_checkpoint(tmp_path / "a" / "transformer"), tiny)
 
 
-@pytest.mark.parametrize("change", [dict(learn_sigma=False), dict(in_channels=1, input_size=6), dict(patch_size=4)])
+@pytest.mark.parametrize("change", [
+    dict(learn_sigma=False), dict(in_channels=1, input_size=6), dict(patch_size=4)])
 def test_other_configurations_survive_other_layouts(change, tmp_path):
     model = fill(DiT(**TINY | change), 3)
     save_checkpoint(tmp_path / "a.safetensors", model)
@@ -314,7 +403,8 @@ def test_other_configurations_survive_other_layouts(change, tmp_path):
 
 
 def test_convert_refuses_what_a_layout_cannot_say(tmp_path):
-    for change, names in [(dict(class_dropout_prob=0.0), ["b.pt", "b"]), (dict(num_heads=4), ["b.pt"]),
+    for change, names in [(dict(class_dropout_prob=0.0), ["b.pt", "b"]),
+                          (dict(num_heads=4), ["b.pt"]),
                           (dict(mlp_ratio=2.0), ["b"])]:
         save_checkpoint(tmp_path / "a.safetensors", DiT(**TINY | change))
         for name in names:
@@ -330,12 +420,15 @@ def test_convert_overwrites_nothing(tiny, tmp_path):
     for name in ("a.safetensors", "b.pt", "c"):
         with pytest.raises(InputError, match="exists"):
             dit.convert(tmp_path / "a.safetensors", tmp_path / name)
-    assert (tmp_path / "b.pt").read_text() == "mine" and not list((tmp_path / "c" / "transformer").iterdir())
+    assert (tmp_path / "b.pt").read_text() == "mine"
+    assert not list((tmp_path / "c" / "transformer").iterdir())
 
 
 @torch.no_grad()
 def test_diffusers_opens_ours_and_is_equal_but_for_its_timesteps(tiny, tmp_path):
-    """diffusers 0.42 hard-codes downscale_freq_shift=1, the official code has 0: set to 0 outputs are equal, else not.
+    """diffusers 0.42 hard-codes downscale_freq_shift=1, the official code has 0.
+
+    Set to 0 outputs are equal, else not.
 
     If only the last line fails, diffusers was mended: say so in the README.
     """
@@ -370,7 +463,8 @@ def test_what_diffusers_wrote_loads(tiny, tmp_path):
     with pytest.raises(InputError, match="t_embedder.mlp.0.bias differs between blocks"):
         load_checkpoint(tmp_path / "trained")
     config = json.loads((tmp_path / "bin" / "config.json").read_text())
-    (tmp_path / "bin" / "config.json").write_text(json.dumps(config | dict(norm_type="ada_norm_single")))
+    config = json.dumps(config | dict(norm_type="ada_norm_single"))
+    (tmp_path / "bin" / "config.json").write_text(config)
     with pytest.raises(InputError, match="ada_norm_single"):
         load_checkpoint(tmp_path / "bin")
     next((tmp_path / "shards").glob("*-00002-of-*")).unlink()
@@ -379,12 +473,14 @@ def test_what_diffusers_wrote_loads(tiny, tmp_path):
 
 
 def test_official_training_checkpoint_gives_its_ema(tiny, tmp_path):
-    path = official(tmp_path / "0400000.pt", tiny, model="DiT-Ti/2", image_size=64, num_classes=10, vae="mse", lr=1e-4)
+    path = official(tmp_path / "0400000.pt", tiny, model="DiT-Ti/2", image_size=64, num_classes=10,
+                    vae="mse", lr=1e-4)
     model = load_checkpoint(path)
     assert equal(model, tiny) and model.config == tiny.config
     assert model.metadata == dict(image_size=64, vae="mse")
     bare = DiT(**TINY, class_dropout_prob=0.0)
-    assert load_checkpoint(official(path, bare, num_classes=10)).config == bare.config  # as many rows as classes
+    path = official(path, bare, num_classes=10)  # as many rows as classes
+    assert load_checkpoint(path).config == bare.config
     torch.save(tiny.state_dict(), path)
     assert load_checkpoint(path).config == tiny.config
 
@@ -419,12 +515,14 @@ def test_weights_that_do_not_fit_name_keys_and_flag(change, key, flags):
     other = DiT(**TINY | change)
     with pytest.raises(InputError) as error:
         dit.load_weights(DiT(**TINY), other.state_dict(), "other.pt")
-    assert key in str(error.value) and str(error.value).endswith(flags) and "other.pt" in str(error.value)
+    said = str(error.value)
+    assert key in said and said.endswith(flags) and "other.pt" in said
 
 
 def test_a_checkpoint_of_other_settings_names_the_flag(tiny):
     dit.check_config(tiny, "run", input_size=8, num_classes=None)
-    for name, expected, flag in [(None, dict(input_size=64), "--image-size"), ("DiT-XL/2", {}, "--model"),
+    for name, expected, flag in [(None, dict(input_size=64), "--image-size"),
+                                 ("DiT-XL/2", {}, "--model"),
                                  (None, dict(num_classes=9), "--num-classes")]:
         with pytest.raises(InputError, match=f"^run has .* check {flag}$"):
             dit.check_config(tiny, "run", name, **expected)
@@ -444,11 +542,13 @@ def test_a_pickle_that_would_run_code_is_refused(legacy, tiny, tmp_path):
     content = dict(ema=tiny.state_dict(), args=Hostile(made))
     (tmp_path / "diffusers").mkdir()
     (tmp_path / "diffusers" / "config.json").write_text(json.dumps(dict(
-        sample_size=8, patch_size=2, in_channels=3, out_channels=6, num_layers=2, num_attention_heads=3,
+        sample_size=8, patch_size=2, in_channels=3, out_channels=6, num_layers=2,
+        num_attention_heads=3,
         attention_head_dim=32, num_embeds_ada_norm=10)))
     for path in (tmp_path / "a.pt", tmp_path / "diffusers" / "diffusion_pytorch_model.bin"):
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-        with pytest.raises(InputError, match="refused: its pickle asks for .*system, which could run code"):
+        words = "refused: its pickle asks for .*system, which could run code"
+        with pytest.raises(InputError, match=words):
             load_checkpoint(path if path.suffix == ".pt" else path.parent)
     assert not made.exists()
     torch.load(tmp_path / "a.pt", weights_only=False)  # the file is as hostile as it claims
@@ -459,15 +559,17 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
     path = tmp_path / "a.pt"
     path.write_bytes(pickle.dumps(Hostile(tmp_path / "made"), protocol=2))
     with pytest.raises(SystemExit, match="2"):
-        dit.run_command(dit.main, dit.parse_args(["convert", str(path), str(tmp_path / "b.safetensors")]))
+        args = dit.parse_args(["convert", str(path), str(tmp_path / "b.safetensors")])
+        dit.run_command(dit.main, args)
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "a.pt" in said and len(said.splitlines()) == 1
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
-def test_the_table_costs_no_more_than_torch():
-    code = "import sys, dit; dit.main(dit.parse_args([])); print({'diffusers', 'torch._dynamo'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+def test_import_costs_no_more_than_torch():
+    code = "import sys, dit; print({'diffusers', 'torch._dynamo'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "set()"
 
 
@@ -483,7 +585,8 @@ def test_damaged_files_are_told(tiny, tmp_path):
     flip(ours, where=ours.stat().st_size // 2)
     assert ours.read_bytes() == whole
     heads = whole.index(b"num_heads\\\": 3") + len(b"num_heads\\\": ")
-    for content in (whole[:-1000], whole[:50], b"", b"text", whole[:heads] + b"2" + whole[heads + 1 :]):
+    other_heads = whole[:heads] + b"2" + whole[heads + 1 :]
+    for content in (whole[:-1000], whole[:50], b"", b"text", other_heads):
         ours.write_bytes(content)
         pt.write_bytes(content)
         for path in (ours, pt):
@@ -491,12 +594,22 @@ def test_damaged_files_are_told(tiny, tmp_path):
                 load_checkpoint(path)
 
 
+@pytest.mark.parametrize("config", [
+    "", "{}{", "[]", '{"width": 96}', '{"patch_size": 0}', '{"num_heads": "3"}'])
+def test_a_header_without_a_fingerprint_may_hold_anything(config, tiny, tmp_path):
+    header = dict(config=config, metadata="{}")
+    save_file(tiny.state_dict(), tmp_path / "a.safetensors", metadata=header)
+    with pytest.raises(InputError, match="damaged|divide"):
+        load_checkpoint(tmp_path / "a.safetensors")
+
+
 def test_files_of_other_kinds_are_told(tmp_path):
     save_file(dict(a=torch.zeros(3)), tmp_path / "a.safetensors")
     torch.save(dict(a=torch.zeros(3)), tmp_path / "a.pt")
     torch.save([torch.zeros(3)], tmp_path / "b.pt")
     torch.save(DiT(**TINY | dict(hidden_size=60)).state_dict(), tmp_path / "c.pt")
-    for name, words in [("a.safetensors", "has no config"), ("a.pt", "x_embedder.proj.weight is missing"),
+    for name, words in [("a.safetensors", "has no config"),
+                        ("a.pt", "x_embedder.proj.weight is missing"),
                         ("b.pt", "holds a list"), ("c.pt", "width 60"), (".", "no checkpoint"),
                         ("none.pt", "no checkpoint"), ("DiT-XL/2-128", "DiT-XL/2-256")]:
         with pytest.raises(InputError, match=words):
@@ -514,7 +627,8 @@ def test_a_run_gives_its_newest_whole_checkpoint(tiny, tmp_path, capsys):
     flip(tmp_path / "checkpoints" / "20000" / "ema.safetensors")
     assert load_checkpoint(tmp_path).metadata == dict(step=1000)
     said = capsys.readouterr().err
-    assert "20000" in said and "damaged" in said and "before" in said and len(said.splitlines()) == 1
+    assert "20000" in said and "damaged" in said and "before" in said
+    assert len(said.splitlines()) == 1
     for step in (900, 1000):
         (tmp_path / "checkpoints" / str(step) / "ema.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="900"):
@@ -545,7 +659,8 @@ def test_a_downloaded_name_is_verified(kind, hub, tiny, tmp_path, capsys):
     for folder in (snapshot, blobs, hub / "refs"):
         folder.mkdir(parents=True)
     (hub / "refs" / "main").write_text("abc")
-    (snapshot / "config.json").write_bytes((tmp_path / "a" / "transformer" / "config.json").read_bytes())
+    config = (tmp_path / "a" / "transformer" / "config.json").read_bytes()
+    (snapshot / "config.json").write_bytes(config)
     weights = tmp_path / "a" / "transformer" / "diffusion_pytorch_model.safetensors"
     if kind == "bin":
         tensors = load_file(weights)
@@ -562,11 +677,11 @@ def test_a_downloaded_name_is_verified(kind, hub, tiny, tmp_path, capsys):
 
 
 def test_a_full_disk_is_told_and_leaves_the_old_file(tiny, tmp_path):
-    """RLIMIT_FSIZE stands for a full disk: writes fail in the middle, in safetensors, torch and Python alike."""
+    """RLIMIT_FSIZE stands for a full disk: writes fail half-way, of safetensors, torch, Python."""
     state = tiny.state_dict()
     writers = [lambda path: save_checkpoint(path, tiny),
-               lambda path: dit.write_atomically(path, lambda temporary: torch.save(state, temporary)),
-               lambda path: dit.write_atomically(path, lambda temporary: temporary.write_bytes(bytes(10**6)))]
+               lambda path: dit.write_atomically(path, lambda new: torch.save(state, new)),
+               lambda path: dit.write_atomically(path, lambda new: new.write_bytes(bytes(10**6)))]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for write in writers:
         (tmp_path / "a.safetensors").write_text("old")
@@ -576,9 +691,10 @@ def test_a_full_disk_is_told_and_leaves_the_old_file(tiny, tmp_path):
                 write(tmp_path / "a.safetensors")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert (tmp_path / "a.safetensors").read_text() == "old" and os.listdir(tmp_path) == ["a.safetensors"]
+        assert (tmp_path / "a.safetensors").read_text() == "old"
+        assert os.listdir(tmp_path) == ["a.safetensors"]
     with pytest.raises(InputError, match="cannot write"):
-        save_checkpoint(tmp_path / "a.safetensors" / "b.safetensors", tiny)  # in a file, as if it were a folder
+        save_checkpoint(tmp_path / "a.safetensors" / "b.safetensors", tiny)  # in a file
 
 
 def test_bugs_keep_their_traceback(tmp_path):
@@ -591,8 +707,8 @@ def test_bugs_keep_their_traceback(tmp_path):
         dit.run_command(bug)
 
 
-@pytest.mark.parametrize(("error", "status", "said"), [(InputError("two\nlines"), 2, "error: two lines\n"),
-                                                       (KeyboardInterrupt(), 130, "")])
+@pytest.mark.parametrize(("error", "status", "said"), [
+    (InputError("two\nlines"), 2, "error: two lines\n"), (KeyboardInterrupt(), 130, "")])
 def test_run_command_ends_without_traceback(error, status, said, capsys):
     def main(_):
         raise error
@@ -600,3 +716,263 @@ def test_run_command_ends_without_traceback(error, status, said, capsys):
     with pytest.raises(SystemExit) as exit:
         dit.run_command(main)
     assert exit.value.code == status and capsys.readouterr().err == said
+
+
+# ------------------------------------------------------------------------------ what people bring
+
+
+def renamed(network, rename):
+    return {rename(name): tensor for name, tensor in network.state_dict().items()}
+
+
+def first_block(wrapper):
+    return lambda name: name.replace("blocks.0.", f"blocks.0.{wrapper}.")
+
+
+@pytest.mark.parametrize("pack", [
+    lambda own, other: renamed(own, "module.{}".format),
+    lambda own, other: renamed(own, "_orig_mod.{}".format),
+    lambda own, other: renamed(own, "module._orig_mod.{}".format),
+    lambda own, other: renamed(own, first_block("_orig_mod")),
+    lambda own, other: renamed(own, first_block("_checkpoint_wrapped_module")),
+    lambda own, other: dict(state_dict=own.state_dict()),
+    lambda own, other: dict(state_dict=renamed(own, "net.{}".format), epoch=3),
+    lambda own, other: dict(model=own.state_dict(), ema={}, step=torch.tensor(3)),
+    lambda own, other: dict(model=own.state_dict(), ema=None),
+    lambda own, other: dict(model=other.state_dict(), ema=renamed(own, "module.{}".format)),
+    lambda own, other: dict(model=other.state_dict(), model_ema=dict(module=own.state_dict())),
+    lambda own, other: dict(n_averaged=torch.tensor(5), **renamed(own, "net.{}".format)),
+], ids=str)
+def test_weights_are_found_under_any_name(pack, tiny, tmp_path):
+    """In a .pt; what is flat also in a .safetensors without a config."""
+    content = pack(tiny, fill(DiT(**TINY), 8))
+    torch.save(content, tmp_path / "a.pt")
+    assert equal(load_checkpoint(tmp_path / "a.pt"), tiny)
+    if all(map(torch.is_tensor, content.values())):
+        save_file(content, tmp_path / "a.safetensors")
+        model = load_checkpoint(tmp_path / "a.safetensors")
+        assert equal(model, tiny) and model.config == tiny.config
+
+
+def test_which_weights_were_taken_is_said_or_asked(tiny, tmp_path, capsys):
+    for content, said in [(dict(ema=tiny.state_dict(), model=tiny.state_dict()), ""),
+                          (dict(ema={}, model=tiny.state_dict()), "'model' are taken, it has no")]:
+        torch.save(content, tmp_path / "a.pt")
+        load_checkpoint(tmp_path / "a.pt")
+        assert said in (err := capsys.readouterr().err) and bool(err) == bool(said)
+    torch.save(dict(good=tiny.state_dict(), best=tiny.state_dict()), tmp_path / "a.pt")
+    with pytest.raises(InputError, match="several networks, good., best.: keep one"):
+        load_checkpoint(tmp_path / "a.pt")
+    endless = {}
+    endless["again"] = endless
+    torch.save(endless, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="x_embedder.proj.weight is missing"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_runs_own_weights_have_the_config_beside_them(tmp_path):
+    model = fill(DiT(**TINY | dict(num_heads=4), class_dropout_prob=0.0), 7)  # no shape says these
+    folder = tmp_path / "checkpoints" / "0000002"
+    save_checkpoint(folder / "ema.safetensors", fill(DiT(**model.config), 8), step=2, vae="none")
+    save_file(model.state_dict(), folder / "model.safetensors")
+    raw = load_checkpoint(folder / "model.safetensors")
+    assert equal(raw, model) and raw.config == model.config
+    assert raw.metadata == dict(step=2, vae="none")
+    dit.save_weights(tmp_path / "b.safetensors", model.state_dict(), model.config, dict(step=3))
+    alone = load_checkpoint(tmp_path / "b.safetensors")
+    assert equal(alone, model) and alone.config == model.config and alone.metadata == dict(step=3)
+
+
+def test_a_copy_beside_a_runs_checkpoints_is_not_the_runs(tiny, tmp_path):
+    for step, name in enumerate(("0000002", "0000003-keep", "4-best", "\u00b2", "0x9")):
+        save_checkpoint(tmp_path / "checkpoints" / name / "ema.safetensors", tiny, step=step)
+    assert load_checkpoint(tmp_path).metadata == dict(step=0)
+
+
+STEM = "diffusion_pytorch_model"
+
+
+@pytest.mark.parametrize("names", [
+    [f"{STEM}.fp16.safetensors"], [f"{STEM}.non_ema.safetensors"], ["model.safetensors"],
+    [f"{STEM}-00001-of-00002.safetensors", f"{STEM}-00002-of-00002.safetensors"],
+    [f"{STEM}.fp16-00001-of-00002.safetensors", f"{STEM}.fp16-00002-of-00002.safetensors"],
+    [f"{STEM}-00001-of-00002.fp16.safetensors", f"{STEM}-00002-of-00002.fp16.safetensors"],
+    [f"{STEM}.bin"], [f"{STEM}.fp16.bin"], ["pytorch_model.bin"],
+    [f"{STEM}-00001-of-00002.bin", f"{STEM}-00002-of-00002.bin"],
+], ids=lambda names: names[0])
+def test_diffusers_files_of_every_name(names, tiny, tmp_path):
+    """Any one set of weights loads; where a second is there, float32 .safetensors is preferred."""
+    save_checkpoint(tmp_path / "a.safetensors", tiny)
+    dit.convert(tmp_path / "a.safetensors", tmp_path / "a")
+    folder = tmp_path / "a" / "transformer"
+    plain = folder / f"{STEM}.safetensors"
+    tensors, whole = load_file(plain), plain.read_bytes()
+    plain.unlink()
+    for part, name in enumerate(names):
+        share = dict(list(tensors.items())[part :: len(names)])
+        (torch.save if name.endswith("bin") else save_file)(share, folder / name)
+    (folder / f"{names[0]}.index.json").write_text("{}")
+    (folder / f"._{STEM}.safetensors").write_text("a Mac's")
+    torch.save({}, folder / "optimizer.bin")
+    assert equal(load_checkpoint(tmp_path / "a"), tiny)
+    if len(names) == 1 and not names[0].endswith("bin"):
+        assert equal(load_checkpoint(folder / names[0]), tiny)
+
+    # Beside the plain file others are ignored, but for shards of the same weights.
+    plain.write_bytes(whole)
+    if "of-00002.safetensors" in names[0] and "fp16" not in names[0]:
+        with pytest.raises(InputError, match="in two files"):
+            load_checkpoint(folder)
+    else:
+        for name in names:
+            (folder / name).write_bytes(b"")
+        assert equal(load_checkpoint(folder), tiny)
+
+
+def test_a_pipelines_own_vae_is_remembered(tiny, tmp_path):
+    save_checkpoint(tmp_path / "a.safetensors", tiny)
+    dit.convert(tmp_path / "a.safetensors", tmp_path / "a")
+    assert load_checkpoint(tmp_path / "a").metadata == {}
+    (tmp_path / "a" / "vae").mkdir()
+    (tmp_path / "a" / "vae" / "config.json").write_text("{}")
+    assert load_checkpoint(tmp_path / "a").metadata == dict(vae=str(tmp_path / "a" / "vae"))
+    assert load_checkpoint(tmp_path / "a" / "transformer").metadata == {}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(value, tiny, tmp_path, capsys):
+    with torch.no_grad():
+        tiny.blocks[1].mlp.fc1.bias[3] = value
+    save_checkpoint(tmp_path / "a.safetensors", tiny)
+    torch.save(tiny.state_dict(), tmp_path / "a.pt")
+    torch.save(tiny.half().state_dict(), tmp_path / "half.pt")
+    for name in ("a.safetensors", "a.pt", "half.pt"):
+        words = f"{name} .*blocks.1.mlp.fc1.bias has values that are not finite"
+        with pytest.raises(InputError, match=words):
+            load_checkpoint(tmp_path / name)
+    for step in (1, 2):
+        model = fill(DiT(**TINY), 7) if step == 1 else tiny
+        save_checkpoint(tmp_path / "checkpoints" / str(step) / "ema.safetensors", model, step=step)
+    assert load_checkpoint(tmp_path).metadata == dict(step=1)
+    assert "blocks.1.mlp.fc1.bias" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- house rules
+
+
+def test_what_is_not_a_file_is_written_through(tiny, tmp_path):
+    """A FIFO, a device and links to them stay what they are; a link's file is written."""
+    fifo, link, missing = tmp_path / "fifo", tmp_path / "link", tmp_path / "missing"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    missing.symlink_to(tmp_path / "new" / "file")
+    for path in (fifo, link):
+        reader = subprocess.Popen(["cat", str(fifo)], stdout=subprocess.PIPE)
+        dit.write_atomically(path, lambda new: new.write_text("hello"))
+        assert reader.communicate()[0] == b"hello" and fifo.is_fifo() and link.is_symlink()
+    dit.write_atomically(missing, lambda new: new.write_text("hello"))
+    assert missing.is_symlink() and (tmp_path / "new" / "file").read_text() == "hello"
+    null = tmp_path / "null"
+    null.symlink_to(os.devnull)
+    dit.write_atomically(null, lambda new: new.write_text("hello"))
+    assert Path(os.devnull).is_char_device() and null.is_symlink()
+    with pytest.raises(InputError, match="cannot write"):
+        dit.write_atomically(tmp_path, lambda new: new.write_text("hello"))
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "link", "missing", "new", "null"]
+
+
+@pytest.mark.parametrize("path", ["/proc/self/fd/1", "/dev/stdout"])
+@pytest.mark.parametrize("piped", [True, False])
+def test_our_own_stdout_is_written_through(piped, path, tmp_path):
+    code = f"import dit; print('a'); dit.write_json('{path}', 1); print('b')"
+    buffered = os.environ | dict(PYTHONUNBUFFERED="")
+    with open(tmp_path / "out", "wb") as file:
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=buffered, check=True,
+                                stdout=subprocess.PIPE if piped else file)
+    text = result.stdout if piped else (tmp_path / "out").read_bytes()
+    assert text == b"a\n1\nb\n"
+
+
+@pytest.mark.parametrize("reason", ["EINVAL", "ENOTSUP", "ENOSYS", "EPERM", "EACCES"])
+def test_file_systems_that_refuse_go_on_with_one_warning(reason, tmp_path, monkeypatch, capsys):
+    """fsync of a folder and chmod; a full disk or a broken one is another matter."""
+    dit.warn_once.cache_clear()
+    fsync, number = os.fsync, getattr(errno, reason)
+
+    def refuse(number):
+        raise OSError(number, os.strerror(number))
+
+    def sync(descriptor):
+        return refuse(number) if stat.S_ISDIR(os.fstat(descriptor).st_mode) else fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "chmod", lambda *args: refuse(number))
+    for _ in range(2):
+        dit.write_json(tmp_path / "a.json", 1)
+    said = capsys.readouterr().err
+    assert "cannot sync folders" in said and len(said.splitlines()) == 1
+    number = errno.EIO
+    with pytest.raises(InputError, match="cannot write"):
+        dit.write_json(tmp_path / "b.json", 1)
+    assert (tmp_path / "a.json").read_text() == "1\n"
+
+
+@pytest.mark.parametrize(("environment", "shown"), [
+    ({}, True), (dict(RANK="1"), True), (dict(RANK="1", WORLD_SIZE="1"), True),
+    (dict(RANK="x"), True), (dict(RANK="1", WORLD_SIZE="2"), False),
+    (dict(RANK="0", WORLD_SIZE="2"), True)])
+def test_only_a_rank_among_several_is_silent(environment, shown, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    dit.log_stderr("hello")
+    assert capsys.readouterr().err == ("hello\n" if shown else "")
+    dit.log_stderr("hello", everywhere=True)
+    assert capsys.readouterr().err == "hello\n"
+
+
+@pytest.mark.parametrize("code", [
+    "print('short')",  # only the interpreter's last flush meets the cut pipe
+    "[print('x' * 1000, flush=True) for _ in range(1000)]"])
+def test_output_that_is_cut_ends_quietly(code):
+    code = f"import dit\ndef main(_):\n    input()\n    {code}\ndit.run_command(main)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | dict(PYTHONUNBUFFERED=""),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stdin.write(b"now\n")
+    process.stdin.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_a_broken_pipe_to_something_else_is_a_bug():
+    def main(_):
+        raise BrokenPipeError("a worker")
+
+    with pytest.raises(BrokenPipeError, match="a worker"):
+        dit.run_command(main)
+
+
+@pytest.mark.parametrize("kind", ["silent", "refused", "down", "up"])
+def test_a_hub_that_does_not_answer_is_known_in_time(kind, monkeypatch):
+    """And from then on its client is offline; one that answers is used."""
+    import huggingface_hub
+
+    class Session:
+        def head(self, url, timeout):
+            if kind == "silent":
+                time.sleep(5)
+            if kind == "refused":
+                raise OSError("refused")
+            return SimpleNamespace(status_code=503 if kind == "down" else 200)
+
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    began = time.monotonic()
+    assert dit.reach_hub.__wrapped__(seconds=0.2) == (kind == "up")
+    assert time.monotonic() - began < 2
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    assert offline == (kind != "up")
+    assert os.environ["HF_HUB_OFFLINE"] == ("" if kind == "up" else "1")
