@@ -1350,11 +1350,11 @@ def take_reference(args, ckpt, metadata):
 def open_reference(args, network, samples, first):
     """What --ref names: a ReferenceFile, or ImageData of the size of what is scored."""
     if Path(args.ref).is_file():
-        return ReferenceFile(args.ref, network)
-    if first:
-        model, _, size = first
-    else:
-        model, size = None, args.image_size
+        reference = ReferenceFile(args.ref, network)
+        if args.save_ref and reference.statistics:
+            raise InputError(f"{args.ref} has statistics: --save-ref computes those of images")
+        return reference
+    model, _, size = first or (None, None, args.image_size)
     if samples and not size and not is_image_folder(args.ref):
         size = min(image_size(samples))  # a folder is compared as it is
 
@@ -1490,18 +1490,25 @@ class ReferenceFile:
     def _check_network(self, arrays, network):
         """InputError for statistics of another network, or of another way of resizing.
 
-        Files of others name no network. ADM's hold mu_s; those with mu and sigma alone are taken
-        for what --resize says, since pytorch-fid's, clean-fid's and JiT's look alike.
+        Our files name their network, others' do not: those with mu_s are the ADM suite's, those
+        without (clean-fid's, pytorch-fid's, JiT's) of an Inception, resized in whatever way.
         """
-        adm = "mu_s" in arrays or network.distance == "FD" or not network.any_size
-        of = str(arrays.get("network", "the ADM suite" if adm else network.name))
-        own = network.distance == "FID" and not network.any_size and "network" not in arrays
-        if of != network.name and not own:
+        inception = network.distance == "FID"
+        if "network" in arrays:
+            of = str(arrays["network"])
+            fits = of == network.name
+        elif "mu_s" in arrays:
+            of = "the ADM suite"
+            fits = inception and not network.any_size
+        else:
+            of = "an Inception"
+            fits = inception
+        if not fits:
             raise InputError(f"{self.path} holds statistics of {of}, which cannot be compared with "
                              f"{network.name}: change --features or --resize")
-        if "pool" in self.statistics and len(self.statistics["pool"][0]) != network.width:
-            raise InputError(f"{self.path} holds features of width "
-                             f"{len(self.statistics['pool'][0])}, {network.name} has "
+        width = len(self.statistics.get("pool", [range(network.width)])[0])
+        if width != network.width:
+            raise InputError(f"{self.path} holds features of width {width}, {network.name} has "
                              f"{network.width}")
 
 
