@@ -15,25 +15,32 @@ Without --ref, samples are compared with the images that their model was trained
 
 import argparse
 import contextlib
+import copy
 import dataclasses
+import functools
+import glob
 import io
+import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import tokenize
 import warnings
 import zipfile
 import zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFile
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from dit import (
     InputError,
@@ -556,6 +563,7 @@ METRICS = {  # of which Features each is made, its interval too, and of how many
     "dc": Metric("rows", "rows", 6),
 }
 STORED_AS = dict(pool="mu and sigma", spatial="mu_s and sigma_s", rows="images arr_0")
+CACHE_BYTES = 4 * 10**9  # of references' features, kept so that their images are read once
 INTERVALS_UP_TO = 5000  # samples: so far intervals are cheap enough to be the default
 
 
@@ -567,6 +575,7 @@ class Features:
     count: int | None  # images; None for statistics from a file
     network: str  # the name of the network
     size: tuple | None = None  # (H, W) of the images; None if they are mixed or unknown
+    turned: int = 0  # images that were turned upright, as their EXIF orientation asks
     pool: tuple | None = None  # mean (D,) and covariance (D, D) of the pooled features, float64
     spatial: tuple | None = None  # those of the spatial features
     rows: torch.Tensor | None = None  # (N, D) float32, each image's pooled features
@@ -627,13 +636,33 @@ def extract_features(name, count, batches, network, accelerator, wanted):
     return Features(name, count, network.name, size, **gathered)
 
 
+def image_features(source, wanted, network, accelerator, batch_size=256, num_workers=0,
+                   save_ref=None, progress=False):
+    """The Features `wanted` of images that exist: ImageData or NpzImages.
+
+    save_ref: also write the images and their statistics to a reference .npz.
+    """
+    batches = image_batches(source, accelerator, batch_size, num_workers)
+    if progress:
+        batches = show_progress(batches, source.name, len(source), accelerator)
+    if save_ref:
+        file = NpzWriter(save_ref, (len(source), *image_size(source), 3), batch_size, accelerator)
+        batches = file.keep(batches)
+    features = extract_features(source.name, len(source), batches, network, accelerator, wanted)
+    if save_ref:
+        file.write(network=network.name, **named_statistics(features))
+    turned = torch.tensor(getattr(source, "turned", 0), device=accelerator.device)
+    return dataclasses.replace(features, turned=int(accelerator.reduce(turned)))
+
+
 def reference_features(source, network, accelerator, metrics=None, batch_size=256, num_workers=0,
-                       save_ref=None, progress=False):
+                       save_ref=None, progress=False, cache=False):
     """The Features of reference images; computed once, they serve any number of comparisons.
 
-    source: ImageData, or a ReferenceFile, whose statistics win over those of its images. metrics:
-    what they will be used for; default: all that network and source allow. save_ref: also write
-    images and statistics to such a file.
+    source: ImageData, NpzImages, or a ReferenceFile, whose statistics win over those of its images.
+    metrics: what they will be used for; default: all that network and source allow. save_ref: also
+    write images and statistics to such a file. cache: keep the Features in the user's cache folder,
+    and take them from there when they are asked for again.
     """
     metrics = metrics or choose_metrics(None, network, source)
     wanted = {METRICS[name].needs for name in metrics} - {"probs"}
@@ -644,20 +673,20 @@ def reference_features(source, network, accelerator, metrics=None, batch_size=25
         stored = {kind: source.statistics[kind] for kind in wanted & source.statistics.keys()}
         home = float64_device(accelerator)
         stored = {kind: (mu.to(home), sigma.to(home)) for kind, (mu, sigma) in stored.items()}
-        source = source.images or source
-    wanted -= stored.keys()
-    if not wanted:
-        return Features(source.name, None, network.name, **stored)
+        wanted -= stored.keys()
+        if not wanted:
+            return Features(source.name, None, network.name, **stored)
+        source = source.images
 
-    batches = image_batches(source, accelerator, batch_size, num_workers)
-    if progress:
-        batches = show_progress(batches, "reference", len(source), accelerator)
-    if save_ref:
-        file = NpzWriter(save_ref, (len(source), *image_size(source), 3), batch_size, accelerator)
-        batches = file.keep(batches)
-    reference = extract_features(source.name, len(source), batches, network, accelerator, wanted)
-    if save_ref:
-        file.write(network=network.name, **named_statistics(reference))
+    # Minutes for many images, so they are read once, unless all of them are to be written.
+    kept = ReferenceCache(source, network, accelerator) if cache else None
+    reference = kept.read(wanted) if cache and not save_ref else None
+    if reference is None:
+        reference = image_features(source, wanted, network, accelerator, batch_size, num_workers,
+                                   save_ref, progress)
+        if cache:
+            kept.write(reference)
+    say_turned(reference)
     return dataclasses.replace(reference, **stored)
 
 
@@ -743,13 +772,12 @@ def evaluate_images(source, reference, network, accelerator, metrics=None, batch
     check_size(reference, image_size(source))
     metrics = choose_metrics(metrics, network, reference, len(source))
     intervals = len(source) <= INTERVALS_UP_TO if intervals is None else intervals
-    batches = image_batches(source, accelerator, batch_size, num_workers)
-    if progress:
-        batches = show_progress(batches, "samples", len(source), accelerator)
     wanted = needed_of_samples(metrics, intervals)
-    samples = extract_features(source.name, len(source), batches, network, accelerator, wanted)
-    return compare(reference, samples, network, metrics, intervals, block) | dict(
-        samples=source.name)
+    samples = image_features(source, wanted, network, accelerator, batch_size, num_workers,
+                             progress=progress)
+    say_turned(samples)
+    result = compare(reference, samples, network, metrics, intervals, block)
+    return result | dict(samples=source.name)
 
 
 def compare(reference, samples, network, metrics, intervals=False, block=2048):
@@ -897,189 +925,785 @@ def cautions(reference, samples, network, metrics):
 # ---------------------------------------------------------- images: data sets, and ADM's crop
 
 
-IMAGE_FILES = (".bmp", ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-
-
 class BrokenImage(RankLocalError):
     """An image that cannot be decoded, named in one line."""
 
 
 def center_crop_arr(pil_image, image_size):
-    """ADM's crop: halve by box filter while twice too large, then bicubic to size, then the centre.
+    """ADM's crop: halve by box filter while twice too large, bicubic to size, then the centre.
 
     Returns a uint8 array (image_size, image_size, 3).
     """
     while min(pil_image.size) >= 2 * image_size:
         pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), Image.BOX)
     scale = image_size / min(pil_image.size)
-    pil_image = pil_image.resize(tuple(round(side * scale) for side in pil_image.size), Image.BICUBIC)
-    array = np.array(pil_image)
+    size = tuple(round(side * scale) for side in pil_image.size)
+    array = np.array(pil_image.resize(size, Image.BICUBIC))
     top, left = (array.shape[0] - image_size) // 2, (array.shape[1] - image_size) // 2
     return array[top : top + image_size, left : left + image_size]
 
 
-def decode_image(image, name):
-    """A PIL RGB image of {"path", "bytes"} (bytes may be None) or a PIL image, upright. BrokenImage(name) if it cannot.
+def decode_image(image, name, upright=True):
+    """A PIL RGB image of {"path", "bytes"} (bytes may be None) or of a PIL image.
 
-    16 bits are scaled to 8; transparency is dropped as PIL's convert("RGB") does, which all evaluators use.
+    upright: turn it as its EXIF orientation says and scale 16 bits to 8. Else the pixels are those of
+    PIL's convert("RGB"), which ADM, clean-fid and torch-fidelity read. Transparency is dropped in
+    both. Raises BrokenImage, with the name, for what PIL cannot read whole.
     """
+    return _decode(image, name, upright)[0]
+
+
+def _decode(image, name, upright):
+    """decode_image's image, and whether its EXIF orientation turned it."""
     try:
-        if isinstance(image, dict):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such an image is refused below
-                image = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
-        else:
-            image = image.copy()
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f"{image.width} x {image.height} pixels are more than an honest photo has")
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "RGB":
-            return image
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of unknown range")
-        if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") would clip
-            image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8))
-        return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # bombs are refused below, odd tags do not matter
+            if isinstance(image, dict):
+                image = Image.open(
+                    image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
+                )
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise ValueError(f"{image.width} x {image.height} pixels are more than a photo has")
+            image.load()
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers of unknown range")
+            if not upright:
+                return image.convert("RGB"), False
+            turn = _orientation(image)
+            image = image if turn is None else image.transpose(turn)
+            if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") would clip
+                values = (np.asarray(image).astype(np.int64) + 128) // 257
+                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            return image.convert("RGB"), turn is not None
     except Exception as error:  # PIL raises a dozen kinds
-        raise BrokenImage(f"cannot read image {name}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise BrokenImage(f"cannot read image {_printable(name)}: {reason}") from error
+
+
+def _orientation(image):
+    """PIL's name of the turn that the EXIF orientation asks for; None for no turn."""
+    try:
+        number = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # broken EXIF around whole pixels: the picture is used as it is
+        return None
+    turns = Image.Transpose
+    return {
+        2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
+        6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90,
+    }.get(number)
+
+
+def _printable(name):
+    """A file's name as text for messages and files: bytes that are not UTF-8 become \\x.. ."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class ImageData(torch.utils.data.Dataset):
-    """Images with labels. `data[index]` or `data[index, mirror]` -> (uint8 (3, S, S), label); decoded only then.
+    """Images with labels. `data[index]` or `data[index, mirror]` -> (uint8 (3, S, S), label).
 
-    name: for folders and files. labels: array of int. class_names: list of str, None for data without labels, which are
-    all of class 0; num_classes: 1 then (train those without label dropout). channels: 1 if all images are known to be
-    gray. image_size S: ADM's crop; None leaves the images as they are. Raises BrokenImage, naming the image.
+    name: for folders and files. labels: array of int. class_names: list of str, None for data
+    without labels, which are all of class 0; num_classes: 1 then (train those without label dropout).
+    channels: 1 if all images are known to be gray. image_size S: ADM's crop; None leaves the images
+    as they are. upright: see decode_image. split: the part of the data set that this is. turned: how
+    many images EXIF turned, counted by image_batches. Images are decoded when asked for and not
+    before; that raises BrokenImage, naming the image.
     """
 
-    def __init__(self, name, images, labels, class_names, image_size, channels=3):
-        self.name, self.images, self.labels, self.class_names = name, images, np.asarray(labels), class_names
-        self.image_size, self.channels = image_size, channels
-        self.num_classes = len(class_names) if class_names else 1
+    def __init__(self, name, images, labels, class_names, image_size, channels=3, upright=True,
+                 split="train"):
+        self.name, self.split, self.class_names = name, split, class_names
+        self.images, self.labels, self.rows = images, np.asarray(labels), np.arange(len(labels))
+        self.image_size, self.channels, self.upright = image_size, channels, upright
+        self.num_classes, self.turned = len(class_names) if class_names else 1, 0
         if not len(labels):
             raise InputError(f"there are no images in {name}")
         wrong = self.labels[(self.labels < 0) | (self.labels >= self.num_classes)]
         if len(wrong):
-            raise InputError(f"{name} has a label {wrong[0]}, but its classes are 0 to {self.num_classes - 1}: "
-                             "is this a split without labels?")
+            raise InputError(
+                f"{name} has a label {wrong[0]}, but its classes are 0 to {self.num_classes - 1}: "
+                "is this a split without labels?"
+            )
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, key):
+        return self.read(key)[:2]
+
+    def read(self, key):
+        """(uint8 (3, S, S), label, whether EXIF turned it) of an index or (index, mirror)."""
         index, mirror = key if isinstance(key, tuple) else (key, False)
-        item = self.images[index]
+        item = self.images[int(self.rows[index])]
         path = isinstance(item, dict) and item["path"]
-        image = decode_image(item, path or f"{index} of {self.name}")
+        image, turned = _decode(item, path or f"{index} of {self.name}", self.upright)
         array = center_crop_arr(image, self.image_size) if self.image_size else np.asarray(image)
         array = array[:, ::-1] if mirror else array
-        return torch.from_numpy(array.transpose(2, 0, 1).copy()), int(self.labels[index])
+        image = torch.from_numpy(array.transpose(2, 0, 1).copy())  # (3, S, S)
+        return image, int(self.labels[index]), turned
+
+    def select(self, rows):
+        """The same data with these rows alone, in this order."""
+        part = copy.copy(self)
+        part.rows, part.labels = self.rows[rows], self.labels[rows]
+        if not len(part):
+            raise InputError(f"no images of {self.name} are left")
+        return part
+
+    def without(self, rows):
+        """The same data without these rows, say, those of broken images."""
+        return self.select(np.setdiff1d(np.arange(len(self)), np.array(rows, dtype=np.int64)))
+
+    def identity(self):
+        """A fingerprint of the content: names, sizes, labels, class names and a sample of bytes.
+
+        The path's spelling, crop and orientation are not part of it. Costs less than a second.
+        """
+        spread = np.linspace(0, len(self) - 1, min(len(self), 64)).astype(int)
+        sample = [_beginning(self.images[int(row)]) for row in self.rows[spread]]
+        files = self.images.identity(self.rows) if isinstance(self.images, _Files) else []
+        labels = torch.from_numpy(self.labels.astype(np.int64))
+        return fingerprint(len(self), labels, self.class_names, torch.from_numpy(self.rows), files, sample)
+
+
+def _beginning(item):
+    """(size, the first 4 kB) of an image that is not decoded yet."""
+    if isinstance(item, dict) and item["bytes"] is None:
+        try:
+            with open(item["path"], "rb") as file:
+                return os.fstat(file.fileno()).st_size, file.read(4096)
+        except OSError:  # reading it will name it
+            return -1, b""
+    content = item["bytes"] if isinstance(item, dict) else item.tobytes()
+    return len(content), content[:4096]
+
+
+# ------------------------------------------------------------------------------------------ what a path is
+
+DATA_FLAGS = [
+    Flag("--image-column", "column of the images in a data set", shown="the only one of images"),
+    Flag("--label-column", "column of the labels in a data set or in a folder's metadata file",
+         shown="the only one of class labels, or label"),
+    Flag("--split", "part of the data set", shown="train, or the only one"),
+    Flag("--upright", "turn images as their EXIF orientation says; --no-upright reads the pixels that "
+         "ADM, clean-fid and torch-fidelity read", True),
+]
+SPLITS = dict(  # the words by which `datasets` knows them
+    train=("train", "training"), validation=("validation", "valid", "val", "dev"),
+    test=("test", "testing", "eval", "evaluation"),
+)
+SYSTEM = {  # folders that systems and programs leave beside data, as hidden ones
+    "__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "#snapshot", "lost+found",
+    "$RECYCLE.BIN", "System Volume Information",
+}
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# Files that `datasets` reads. Of several kinds the first counts: img2dataset writes lists beside tars.
+BUNDLES = (".tar", ".parquet", ".arrow", ".zip", ".lance", ".h5", ".hdf5")
+LISTS = (".jsonl", ".json", ".csv", ".tsv")
+IMAGE_COLUMNS = ("image", "jpg", "png", "webp")  # the last three are webdataset's and img2dataset's
+LABEL_COLUMNS = ("label", "cls")  # cls is webdataset's
+MAX_CLASSES = 100_000  # larger whole numbers identify something, but no class
 
 
 def add_data_args(parser):
     """The flags that say what in a data set to read, the same in the trainer and the evaluator."""
-    add = parser.add_argument_group("data").add_argument
-    add("--image-column", help="column of the images in a data set (default: the only one of images)")
-    add("--label-column", help="column of the labels (default: the only one of class labels, or label)")
-    add("--split", default="train", help="part of the data set (default: %(default)s)")
+    add_flags(parser, "data", DATA_FLAGS)
+
+
+def load_data(path, image_size=None, image_column=None, label_column=None, split=None, upright=True):
+    """What --data-path names, as ImageData cropped to image_size; one line on stderr says what it is.
+
+    path: "digits"; a folder of images (see load_folder); a folder or file of what `datasets` reads
+    (Parquet, Arrow, webdataset's tars, what save_to_disk wrote ...); or a hub id. image_size: default
+    8 for digits, folders of images as they are, else 256. split: default train, or the only one.
+    Raises InputError when there are no images, when columns, splits or labels are unclear, or when
+    the hub cannot be reached.
+    """
+    path = os.fspath(path)
+    if path == "digits":
+        if os.path.exists(path):
+            raise InputError("digits is scikit-learn's data set and a folder here: give ./digits for "
+                             "the folder, or rename that for the data set")
+        return _load_digits(image_size, image_column or label_column, split, upright)
+    tree = None if _is_saved(path) or not os.path.isdir(path) else _Folder(path)
+    if tree and not tree.bundles():
+        if image_column:
+            raise InputError(f"--image-column {image_column}: {path} is a folder of images")
+        return load_folder(path, image_size, split, label_column, upright, tree)
+    return _load_table(path, tree, image_size or 256, image_column, label_column, split, upright)
+
+
+def choose_split(existing, asked, path):
+    """The one of the existing splits that is asked for, by its name or a synonym; default train.
+
+    InputError, with those that exist, if there is no such split or if several may be meant.
+    """
+    wanted = asked or "train"
+    found = [name for name in existing if name == wanted]
+    found = found or [name for name in existing if _meaning(name) == _meaning(wanted)]
+    if not found and asked is None:
+        found = existing
+    if len(found) != 1:
+        raise InputError(f"--split {asked or 'is not given'}: choose one of those of {path}, which are "
+                         f"{', '.join(map(_printable, existing))}")
+    return found[0]
+
+
+def _meaning(name):
+    """train, validation or test for their synonyms in any capitals, also with a number; else name."""
+    word = re.sub(r"[-._ ]?\d*$", "", name.lower())
+    return next((split for split, words in SPLITS.items() if word in words), name)
+
+
+def _announce(data, splits=(), notes=()):
+    """Say in one line what was understood; returns the data."""
+    names, count = data.class_names or [], data.num_classes
+    shown = ", ".join(names if count <= 5 else [*names[:3], "...", names[-1]])
+    parts = [f"{count} class{'es' * (count > 1)}: {shown}" if names else "no classes"]
+    parts.append(f"{len(data)} image{'s' * (len(data) > 1)}")
+    if len(splits) > 1:
+        parts.insert(0, f"split {_printable(data.split)} of {', '.join(map(_printable, splits))}")
+    log_stderr(f"data {data.name}: {'; '.join([*parts, *notes])}")
+    return data
+
+
+def _load_digits(image_size, column, split, upright):
+    """scikit-learn's 1,797 handwritten digits."""
+    from sklearn.datasets import load_digits
+
+    if column:
+        raise InputError(f"digits has no column {column}: leave the column flags out")
+    split = choose_split(["train"], split, "digits")
+    digits = load_digits()
+    images = [Image.fromarray(np.round(x * (255 / 16)).astype(np.uint8)) for x in digits.images]
+    names = [str(digit) for digit in range(10)]
+    return _announce(ImageData("digits", images, digits.target, names, image_size or 8, 1, upright, split))
+
+
+# ------------------------------------------------------------------------------------------ folders
+
+
+class _Folder:
+    """What lies in a folder, down to its last sub-folder; hidden and system folders are left aside.
+
+    images: names of the image files, sorted and joined by NUL: a million cost no more than their
+    letters; count: of them; total: with those below. folders: name -> _Folder. metadata: names of
+    such files. others: number of other files by suffix. shards: folders that img2dataset wrote.
+    outputs: folders of the program's own runs and samples below, which are left aside too.
+    """
+
+    def __init__(self, path, above=()):
+        self.folders, self.metadata, self.outputs, self.others = {}, [], [], Counter()
+        above, images, folders, files = (*above, os.path.realpath(path)), [], [], set()
+        readable = _readable_suffixes()
+        try:
+            for entry in os.scandir(path):
+                name = entry.name
+                if name[0] == "." or name in SYSTEM:
+                    continue
+                if _is_folder(entry):
+                    folders.append(name)
+                elif name[name.rfind(".") :].lower() in readable:
+                    images.append(name)
+                else:
+                    files.add(name)
+        except OSError as error:
+            raise InputError(f"cannot read the folder {_printable(path)}: {error.strerror}") from error
+        images.sort()
+        self.images, self.count = os.fsencode("\0".join(images)), len(images)
+
+        for name in files:
+            if name in METADATA:
+                self.metadata.append(name)
+            else:
+                self.others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
+        self.shards = {name for name in folders if f"{name}_stats.json" in files}
+        run = "config.json" in files and "checkpoints" in folders
+        self.is_output = run or ("settings.json" in files and _holds_samples(path))
+
+        # A link stands for what it leads to, unless that is a folder which holds it.
+        for name in sorted(folders):
+            below = os.path.join(path, name)
+            if os.path.realpath(below) in above:
+                continue
+            child = _Folder(below, above)
+            if child.is_output:
+                self.outputs.append(name)
+            else:
+                self.folders[name] = child
+                self.outputs += [f"{name}/{output}" for output in child.outputs]
+        self.total = self.count + sum(child.total for child in self.folders.values())
+
+    def walk(self, prefix=""):
+        """(where it lies, folder) of this folder and all below, in torchvision's order."""
+        yield prefix, self
+        for name, folder in self.folders.items():
+            yield from folder.walk(f"{prefix}{name}/")
+
+    def names(self):
+        """The names of all image files, relative to this folder, joined by NUL."""
+        parts = []
+        for prefix, folder in self.walk():
+            prefix = os.fsencode(prefix)
+            if folder.count:
+                parts.append(prefix + folder.images.replace(b"\0", b"\0" + prefix))
+        return b"\0".join(parts)
+
+    def left_out(self):
+        """Number of other files by suffix, with those below."""
+        return sum((folder.others for _, folder in self.walk()), Counter())
+
+    def bundles(self):
+        """The suffix of the files that `datasets` is to read; None if it is a folder of images.
+
+        Images count if they are more than the bundles beside them: archives of what lies there
+        unpacked, or lists of what was downloaded.
+        """
+        others = self.left_out()
+        suffix = next((suffix for suffix in BUNDLES if others[suffix]), None)
+        if suffix and others[suffix] >= self.total:
+            return suffix
+        return None if self.total else next((suffix for suffix in LISTS if others[suffix]), None)
+
+
+@functools.cache
+def _readable_suffixes():
+    """Suffixes of the image formats that this Pillow decodes: neither its stubs nor films nor PostScript."""
+    Image.init()
+    readable = set()
+    for suffix, kind in Image.EXTENSION.items():
+        opener = Image.OPEN.get(kind, [None])[0]
+        stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
+        if opener and not stub and Image.MIME.get(kind, "image/").startswith("image/"):
+            readable.add(suffix)
+    return readable
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _holds_samples(path):
+    """Whether a folder's settings.json is that of evaluate.py --save-images."""
+    try:
+        text = Path(path, "settings.json").read_text(errors="replace")
+    except OSError:
+        return False
+    return '"num_sampling_steps"' in text
+
+
+class _Files:
+    """File names below root, joined by NUL, as images: forked workers share the one bytes object."""
+
+    def __init__(self, root, names):
+        self.root, self.names = os.fsencode(root), names
+        ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
+        self.ends = np.concatenate([[-1], ends, [len(names)]])
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def name(self, index):
+        return self.names[self.ends[index] + 1 : self.ends[index + 1]]
+
+    def take(self, rows):
+        return _Files(os.fsdecode(self.root), b"\0".join(self.name(row) for row in rows))
+
+    def __getitem__(self, index):
+        return dict(path=os.fsdecode(os.path.join(self.root, self.name(index))), bytes=None)
+
+    def identity(self, rows):
+        """The names, and the sizes of up to 10,000 files, evenly spread over the rows."""
+        spread = np.linspace(0, len(rows) - 1, min(len(rows), 10_000)).astype(int)
+        sizes = []
+        for row in rows[spread]:
+            try:
+                sizes.append(os.stat(os.path.join(self.root, self.name(row))).st_size)
+            except OSError:  # reading it will name it
+                sizes.append(-1)
+        return [fingerprint(self.names), sizes]
 
 
 def is_image_folder(path):
-    """Whether path is a folder of image files, rather than one of Parquet or Arrow files or a saved data set."""
-    saved = ("*.parquet", "*.arrow", "data/*.parquet", "data/*.arrow", "dataset_dict.json")
-    return Path(path).is_dir() and not any(next(Path(path).glob(pattern), None) for pattern in saved)
+    """Whether path is a folder of image files, rather than one of what `datasets` reads."""
+    return os.path.isdir(path) and not _is_saved(path) and not _Folder(path).bundles()
 
 
-def load_data(path, image_size=None, image_column=None, label_column=None, split="train"):
-    """The data set of --data-path as ImageData, cropped to image_size (default: 8 for digits, else 256).
+def load_folder(path, image_size=None, split=None, label_column=None, upright=True, tree=None):
+    """The image files below a folder, in the order of their names: ImageData.
 
-    path: "digits"; a folder of class folders, or of images alone (unconditional); a folder of Parquet or Arrow files or
-    one that `datasets` saved; or a hub id. Images in a folder are in the order of their names. Raises InputError when
-    there are none, columns are unclear, labels are out of range, or the hub cannot be reached.
+    Folders in it are classes, numbered in the order of their names as torchvision's ImageFolder
+    does; images directly in it have none. A folder of splits (train, val, test and their synonyms)
+    gives its `split`. Metadata files (metadata.csv, .jsonl or .parquet with a column file_name) say
+    which images count and give their labels. tree: path's _Folder, if that is known.
     """
-    if path == "digits":
-        from sklearn.datasets import load_digits
+    path = os.fspath(path)
+    tree = tree or _Folder(path)
 
-        digits = load_digits()
-        images = [Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)) for image in digits.images]
-        return ImageData("digits", images, digits.target, [str(c) for c in range(10)], image_size or 8, 1)
-    if is_image_folder(path):
-        return load_folder(path, image_size or 256, split)
-    if not Path(path).is_dir() and str(path).count("/") != 1:
-        raise InputError(f"unknown data {path!r}: give digits, an existing folder, or a hub id such as owner/name")
+    # Splits: all folders with images have names of splits. Folders without, such as logs, are aside.
+    splits = [name for name, folder in tree.folders.items() if folder.total]
+    if not all(_meaning(name) in SPLITS for name in splits):
+        splits = []
+    if splits and tree.count:
+        raise _mixture(path, tree, splits)
+    split = choose_split(splits or ["train"], split, path)
+    root, part = (os.path.join(path, split), tree.folders[split]) if splits else (path, tree)
+    if not part.total:
+        raise InputError(f"there are no images in {_printable(root)}{_listed(part.left_out())}")
+
+    # What lies beside the images is said, so that nothing is missing without a word.
+    files, notes = _Files(root, part.names()), []
+    if others := part.left_out():
+        notes.append(f"left out{_listed(others)}")
+    if tree.outputs:
+        notes.append(f"left out: own output in {', '.join(map(_printable, tree.outputs[:3]))}")
+
+    # Metadata files count before class folders, as they do for Hugging Face's imagefolder.
+    metadata = [prefix + file for prefix, folder in part.walk() for file in folder.metadata]
+    if splits:
+        metadata = tree.metadata + [f"{split}/{file}" for file in metadata]
+    if metadata:
+        prefix = f"{split}/" if splits else ""
+        files, labels, names, note = _read_metadata(path, metadata, prefix, files, label_column)
+        notes.insert(0, note)
+    elif label_column:
+        raise InputError(f"--label-column {label_column}: {path} has no metadata file")
+    else:
+        names = _class_folders(root, part)
+        counts = [part.folders[name].total for name in names] or [part.total]
+        labels = np.repeat(np.arange(len(counts)), counts)
+
+    name = _printable(os.path.basename(os.path.realpath(path)))
+    names = [_printable(name) for name in names] or None
+    data = ImageData(name, files, labels, names, image_size, upright=upright, split=split)
+    return _announce(data, splits, notes)
+
+
+def _class_folders(root, folder):
+    """The names of the class folders, [] for images without classes. InputError if that is unclear."""
+    full = [name for name, child in folder.folders.items() if child.total]
+    if not full or full[0] in folder.shards or (folder.count and len(full) == 1):
+        return []
+    if folder.count:
+        raise _mixture(root, folder, full)
+
+    # A class without images would shift the numbers of those after it.
+    for name, child in folder.folders.items():
+        if not child.total and not child.outputs:
+            raise InputError(
+                f"the class folder {_printable(os.path.join(root, name))} has no image that can be "
+                f"read{_listed(child.left_out())}: convert them, or take the folder away"
+            )
+    return full
+
+
+def _mixture(root, folder, names):
+    """The error about images beside folders of images."""
+    first = _printable(folder.images.split(b"\0")[0].decode(errors="surrogateescape"))
+    shown = ", ".join(map(_printable, names[:3])) + ", ..." * (len(names) > 3)
+    return InputError(
+        f"{_printable(root)} holds images ({first}) beside folders of images ({shown}): move the images "
+        "into a folder of their class or away, or for data without classes all into one folder"
+    )
+
+
+def _listed(others):
+    """": 3 .txt, 1 .heic", the most frequent first; nothing for none."""
+    return ": " * bool(others) + ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
+
+
+def _read_metadata(path, metadata, prefix, files, label_column):
+    """The images that the metadata files in path name, of files, which lie in path/prefix.
+
+    Returns (files, labels, class names or [], note); rows are in the order of the metadata files.
+    """
+    import pyarrow
+
+    # Each file's names are relative to the folder that it lies in; here all become relative to path.
+    tables, listed = [], []
+    for file in metadata:
+        table = _read_list(os.path.join(path, file))
+        if "file_name" not in table.column_names:
+            raise InputError(f"{path}/{file} needs a column file_name, not {table.column_names}")
+        for name in table["file_name"].cast(pyarrow.string()).to_pylist():
+            name = os.path.join(os.path.dirname(file), (name or "").replace("\\", "/"))
+            listed.append(os.path.normpath(name))
+        tables.append(table)
+
+    # A name that is not among the files may be of another split; one that is nowhere is an error.
+    place = {prefix + os.fsdecode(files.name(i)): i for i in range(len(files))}
+    rows = [place.get(name, -1) for name in listed]
+    for name, row in zip(listed, rows, strict=True):
+        if row < 0 and not os.path.isfile(os.path.join(path, name)):
+            raise InputError(f"{path}/{metadata[0]} names {name}, which is no image in {path}")
+    kept = np.flatnonzero(np.array(rows, dtype=np.int64) >= 0)
+    if not len(kept):
+        raise InputError(f"{path}/{metadata[0]} names no image in {os.path.join(path, prefix)}")
+
+    # Labels as in any other table.
+    try:
+        table = pyarrow.concat_tables(tables, promote_options="default").take(kept)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{', '.join(metadata)} in {path} have columns of different types") from error
+    columns = [name for name in table.column_names if name != "file_name"]
+    column = _column(columns, label_column, LABEL_COLUMNS, [], path, "--label-column")
+    labels, names = _labels(table[column], column) if column else (np.zeros(len(kept), int), [])
+    note = f"labels by column {column}" if column else f"columns {', '.join(columns) or 'none'}"
+    if unnamed := len(files) - len(set(rows) - {-1}):
+        note += f"; left out: {unnamed} images that it does not name"
+    return files.take([rows[i] for i in kept]), labels, names, f"{metadata[0]}: {note}"
+
+
+def _read_list(file):
+    """The table in a .csv, .jsonl or .parquet file."""
+    import pyarrow.csv
+    import pyarrow.json
+    import pyarrow.parquet
+
+    text = pyarrow.csv.ConvertOptions(column_types=dict(file_name=pyarrow.string()))
+    try:
+        with open(file, "rb") as opened:
+            if file.endswith(".csv"):
+                return pyarrow.csv.read_csv(opened, convert_options=text)
+            read = pyarrow.json.read_json if file.endswith(".jsonl") else pyarrow.parquet.read_table
+            return read(opened)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"cannot read {file}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def _is_saved(path):
+    """Whether `datasets` has saved the folder by save_to_disk."""
+    return any(os.path.isfile(os.path.join(path, x)) for x in ("state.json", "dataset_dict.json"))
+
+
+def _load_table(path, tree, image_size, image_column, label_column, split, upright):
+    """What `datasets` reads, as ImageData; tree: the folder's _Folder, or None."""
+    hub = not os.path.exists(path)
+    if hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise InputError(f"unknown data {_printable(path)!r}: give digits, an existing folder, or a hub "
+                         "id such as owner/name")
     import datasets
 
     quiet_hub()
     try:
-        if Path(path).is_dir() and any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            data = datasets.load_from_disk(path)
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
-        else:
-            data = datasets.load_dataset(str(path), split=split)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        found = _open_table(path, tree, split)
+    except Exception as error:  # whatever datasets, pyarrow, the hub's client and its HTTP library raise
+        while error.__cause__:
+            error = error.__cause__
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"unknown data {path!r} (split {split}): give digits, a folder of images, a saved data set, "
-                         f"or a hub id and a network ({reason})") from error
-    image_column = _column(data, image_column, "image", lambda f: isinstance(f, datasets.Image), path)
-    label_column = _column(data, label_column, "label", lambda f: isinstance(f, datasets.ClassLabel), path)
-    labels, names = _labels(data, label_column)
-    images = data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    return ImageData(Path(path).name, images[image_column], labels, names, image_size or 256)
+        raise InputError(
+            f"cannot read the data {_printable(path)} (split {split or 'train'}): give digits, a folder of "
+            f"images, a saved data set, or a hub id and a network ({reason})"
+        ) from error
+    split = choose_split(list(found), split, path)
+    data = found[split]
+
+    # The columns of images and of labels, by their types or else by their usual names.
+    kinds = {kind: [name for name, feature in data.features.items() if isinstance(feature, kind)]
+             for kind in (datasets.Image, datasets.ClassLabel)}
+    image_column = _column(data.column_names, image_column, IMAGE_COLUMNS, kinds[datasets.Image], path,
+                           "--image-column")
+    label_column = _column(data.column_names, label_column, LABEL_COLUMNS, kinds[datasets.ClassLabel],
+                           path, "--label-column")
+    labels, names = np.zeros(len(data), dtype=np.int64), None
+    if label_column:
+        table = data.select_columns([label_column]).with_format("arrow")[:]
+        names = getattr(data.features[label_column], "names", None)
+        labels, names = _labels(table[label_column], label_column, names)
+
+    images = data.select_columns([image_column])
+    images = images.cast_column(image_column, datasets.Image(decode=False))[image_column]
+    name = path.split("/")[-1] if hub else _printable(os.path.basename(os.path.realpath(path)))
+    data = ImageData(name, images, labels, names, image_size, upright=upright, split=split)
+    return _announce(data, list(found), [f"column {image_column}"])
 
 
-def _column(data, name, kind, matches, path):
-    """The column called name; by default the one whose feature matches, or that is called kind. None: no labels."""
-    found = [column for column, feature in data.features.items() if matches(feature)]
-    if name is None and len(found) != 1:
-        found = [kind] if kind in data.column_names and not found else found
-    found = [name] if name in data.column_names else found if name is None else []
-    if len(found) == 1 or (not found and name is None and kind == "label"):
-        return found[0] if found else None
-    raise InputError(f"give --{kind}-column: {path} has the columns {', '.join(data.column_names)}")
+def _open_table(path, tree, split):
+    """{split: datasets.Dataset} of what `datasets` reads."""
+    import datasets
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    sliced = dict(split=split) if re.search(r"[\[+]", split or "") else {}  # "train[:10%]"
+    if not os.path.exists(path):
+        data = datasets.load_dataset(path, **sliced)
+    elif _is_saved(path):
+        data = datasets.load_from_disk(_plain_path(path))
+    elif tree is None:  # one file
+        folder, name = os.path.split(os.path.abspath(path))
+        file = os.path.join(_plain_path(folder), name)
+        data = datasets.load_dataset(_plain_path(folder), data_files=[glob.escape(file)], **sliced)
+    elif _has_configs(path):
+        data = datasets.load_dataset(_plain_path(path), **sliced)
+    else:
+        # The files of the one suffix, in the splits that `datasets` finds in their names and folders.
+        folder = _plain_path(path)
+        patterns = get_data_patterns(folder)
+        files = DataFilesDict.from_patterns(
+            patterns, base_path=folder, allowed_extensions=[tree.bundles()]
+        )
+        names = {key: [glob.escape(file) for file in value] for key, value in files.items()}
+        data = datasets.load_dataset(folder, data_files=names, **sliced)
+    if isinstance(data, datasets.DatasetDict):
+        return dict(data)
+    return {split if sliced else str(data.split or "train"): data}
 
 
-def _labels(data, column):
-    """The labels as ints and the classes' names: as stored, else the numbers or sorted texts that occur."""
-    if column is None:
-        return np.zeros(len(data), dtype=np.int64), None
-    labels, names = np.asarray(data.select_columns([column])[:][column]), getattr(data.features[column], "names", None)
-    if labels.dtype.kind not in "iuU":
-        raise InputError(f"column {column} holds no class labels: some are missing, or not whole numbers or text")
-    if labels.dtype.kind == "U":
-        names, labels = np.unique(labels, return_inverse=True)
-    return labels.astype(np.int64), list(names) if names is not None else [str(c) for c in range(labels.max() + 1)]
+def _has_configs(path):
+    """Whether a folder's README.md says in its header which files are which split."""
+    try:
+        text = Path(path, "README.md").read_text(errors="replace")
+    except OSError:
+        return False
+    return re.match(r"---\n(.*\n)*?configs:", text) is not None
 
 
-def load_folder(path, image_size=None, split="train"):
-    """The image files below a folder, in the order of their names, hidden ones left out: ImageData.
-
-    Folders in it are classes; images directly in it have none. A folder of splits (train, val, test) gives its `split`.
-    """
+def _plain_path(path):
+    """The absolute path, or a link to it: `datasets` takes *, ?, [ and :: for patterns, and only UTF-8."""
     import datasets
 
-    root = Path(path)
-    inside = {child.name for child in root.iterdir() if child.is_dir()}
-    if split in inside and inside <= {"train", "val", "valid", "validation", "test"}:
-        root = root / split
-    files = []
-    seen = set()  # a link may lead back to a folder that holds it
-    for folder, folders, names in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if not name.startswith(".")
-                            and os.path.realpath(os.path.join(folder, name)) not in seen)
-        files += [os.path.relpath(os.path.join(folder, name), root) for name in names
-                  if name.lower().endswith(IMAGE_FILES) and not name.startswith(".")]
-    files.sort()
-    classes = [Path(file).parts[0] if os.sep in file else None for file in files]
-    names = sorted({name for name in classes if name is not None})
-    if names and None in classes:
-        names = []  # images beside folders: no classes
-    numbers = {name: number for number, name in enumerate(names)}
-    labels = np.array([numbers.get(name, 0) for name in classes], dtype=np.int64)
-    images = datasets.Dataset.from_dict({"image": [os.path.join(root, file) for file in files]})
-    images = images.cast_column("image", datasets.Image(decode=False))["image"]
-    return ImageData(Path(path).resolve().name, images, labels, names or None, image_size)
+    path = os.path.abspath(path)
+    if re.fullmatch(r"[\w/.,+=@ -]*", path):
+        return path
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    link = cache / f"dit-{fingerprint(os.fsencode(path))[:16]}"
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(path)
+    return str(link)
+
+
+def _column(columns, asked, usual, fitting, path, flag):
+    """The column asked for; by default the one of a fitting type, else of a usual name.
+
+    None for data without labels; InputError if there is no such column, or a choice.
+    """
+    found = fitting or [name for name in usual if name in columns]
+    if asked is not None:
+        found = [asked] if asked in columns else []
+    elif not found and flag == "--label-column":
+        return None
+    if len(found) != 1:
+        raise InputError(f"give {flag}: {path} has the columns {', '.join(columns)}")
+    return found[0]
+
+
+def _labels(values, column, names=None):
+    """Labels (N,) int64 and the classes' names, of an Arrow column and the names that it came with.
+
+    Numbers are classes from 0 on, texts are numbered in their sorted order. InputError for others.
+    """
+    import pyarrow
+
+    types, kind = pyarrow.types, values.type
+    if types.is_nested(kind):
+        raise InputError(f"column {column} holds lists, but a label is one whole number or text: of a "
+                         "one-hot vector, store the place of the 1")
+    if types.is_dictionary(kind):
+        kind, values = kind.value_type, values.cast(kind.value_type)
+    text = types.is_string(kind) or types.is_large_string(kind)
+    if values.null_count or not (text or types.is_integer(kind)):
+        what = "no value in some rows" if values.null_count else f"values of type {kind}"
+        raise InputError(f"column {column} holds {what}, but a label is a whole number or text")
+    if text:
+        names, labels = np.unique(np.array(values.to_pylist(), dtype=object), return_inverse=True)
+        return labels.astype(np.int64), list(names)
+
+    # Numbers are named by themselves, which needs memory for the largest.
+    largest = max(values.to_pylist(), default=0)
+    if largest >= MAX_CLASSES:
+        raise InputError(f"column {column} has the label {largest}, but classes are numbered from 0 to at "
+                         f"most {MAX_CLASSES - 1}: an identifier? Store it as text, or choose another "
+                         "--label-column")
+    return values.to_numpy().astype(np.int64), names or [str(number) for number in range(largest + 1)]
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read_batches(data, batches, num_workers=0, collate=torch.utils.data.default_collate, pin=False,
+                 **options):
+    """Batches of data, a generator: one for each list of keys in `batches`, loaded ahead by workers.
+
+    collate: makes a batch, of tensors in lists or tuples, from a list of items; pin: put tensors into
+    pinned memory; options: of torch's DataLoader. The workers end when this generator does. A worker
+    that dies raises InputError.
+    """
+    # Arrays go through a pipe. A tensor would take a file descriptor and shared memory, of which
+    # containers have 64 MB and mixed sizes need one for each image.
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=batches, num_workers=num_workers, collate_fn=_Arrays(collate),
+        pin_memory=pin, **options,  # torch's pinning thread empties the pipe, but does not pin arrays
+    )
+    iterator = iter(loader)
+    try:
+        for batch in iterator:
+            tensors = _converted(batch, np.ndarray, torch.from_numpy)
+            yield _converted(tensors, torch.Tensor, torch.Tensor.pin_memory) if pin else tensors
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise RankLocalError(f"a process that loads images was killed, is memory short? Try fewer "
+                             f"--num-workers than {num_workers}") from error
+    finally:
+        if num_workers:
+            iterator._shutdown_workers()  # those that ignore signals would be waited for
+
+
+class _Arrays:
+    """collate, with arrays in place of tensors."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, items):
+        return _converted(self.collate(items), torch.Tensor, torch.Tensor.numpy)
+
+
+def _converted(value, kind, convert):
+    """The value, or a list of such in a list or tuple, with convert applied to all of a kind."""
+    if isinstance(value, list | tuple):
+        return [_converted(item, kind, convert) for item in value]
+    return convert(value) if isinstance(value, kind) else value
+
+
+class _Share(torch.utils.data.Dataset):
+    """data[index] -> (image, label, whether EXIF turned it)."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, index):
+        return self.data.read(index)
+
+
+def _collate(items):
+    """(images, how many were turned): images stacked, or a list if their sizes differ."""
+    images = [image for image, _, _ in items]
+    same = len({image.shape for image in images}) == 1
+    return torch.stack(images) if same else images, sum(turned for _, _, turned in items)
+
+
+def image_batches(source, accelerator, batch_size=256, num_workers=0):
+    """This process's share, every world-th image, of ImageData or NpzImages: batches uint8 (n, 3, H, W).
+
+    Where the sizes of a batch are mixed it is a list of (3, H, W). Afterwards source.turned says how
+    many images of the share EXIF has turned.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if isinstance(source, NpzImages):
+        yield from source.batches(rank, world, batch_size)
+        return
+    source.turned = 0
+    mine = range(rank, len(source), world)
+    keys = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    for images, turned in read_batches(_Share(source), keys, num_workers, _collate):
+        source.turned += turned
+        yield images
 
 
 class NpzImages:
@@ -1126,23 +1750,6 @@ class NpzImages:
                 yield torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
-def _collate(items):
-    images = [image for image, _ in items]
-    return torch.stack(images) if len({image.shape for image in images}) == 1 else images
-
-
-def image_batches(source, accelerator, batch_size=256, num_workers=0):
-    """This process's share, every world-th image, of ImageData or NpzImages: batches uint8 (n, 3, H, W).
-
-    Where the sizes of a batch are mixed it is a list of (3, H, W).
-    """
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if isinstance(source, NpzImages):
-        return source.batches(rank, world, batch_size)
-    mine = torch.utils.data.Subset(source, range(rank, len(source), world))
-    return torch.utils.data.DataLoader(mine, batch_size, num_workers=num_workers, collate_fn=_collate)
-
-
 # ---------------------------------------------------------- the command line
 
 
@@ -1174,7 +1781,7 @@ def main(args):
     common = dict(metrics=metrics, batch_size=args.per_proc_batch_size, progress=True)
     reference = reference_features(
         reference, network, accelerator, num_workers=args.num_workers, save_ref=args.save_ref,
-        **common)
+        cache=args.reference_cache, **common)
 
     # 5. Features of the samples, and their comparison with the reference's.
     common |= dict(intervals=args.intervals, block=args.distance_block)
@@ -1233,6 +1840,8 @@ METRIC_FLAGS = [
     Flag("--per-proc-batch-size", "images at once on each process", 256, bounds=(1, math.inf),
          type=int),
     Flag("--num-workers", "processes that load images", 0, bounds=(0, math.inf), type=int),
+    Flag("--reference-cache", "keep the reference's features in ~/.cache/dit/references, at most "
+         f"{CACHE_BYTES / 1e9:.0f} GB in all, and use them again", True),
     Flag("--distance-block", "rows of a block of distances: bounds the memory of precision, "
          "recall, density and coverage", 2048, bounds=(1, math.inf), type=int),
 ]
@@ -1266,7 +1875,7 @@ def parse_args(argv=None):
 
 GENERATING = ("ckpt", "num_fid_samples", "label_mode", "seed", "model", "num_classes", "vae",
               "save_images", "save_npz", *(flag.dest for flag in SAMPLING_FLAGS))
-READING = ("num_workers", "image_column", "label_column", "split")
+READING = ("num_workers", *(flag.dest for flag in DATA_FLAGS))
 USELESS = [  # where this holds, these flags would do nothing; what to do about it
     (lambda args: args.samples, GENERATING,
      "is for generating: leave it out with --samples"),
@@ -1342,8 +1951,8 @@ def take_reference(args, ckpt, metadata):
         raise InputError(f"{ckpt} does not say which data it was trained on: give --ref")
     args.ref = metadata["data_path"]
     defaults = parse_args([])
-    for name in ("image_column", "label_column", "split"):
-        if getattr(args, name) == getattr(defaults, name) and metadata.get(name):
+    for name in [flag.dest for flag in DATA_FLAGS]:
+        if getattr(args, name) == getattr(defaults, name) and name in metadata:
             setattr(args, name, metadata[name])
 
 
@@ -1376,9 +1985,8 @@ def open_images(path, args, size=None):
     """What --ref or --samples names: NpzImages for a file, else ImageData, cropped to size."""
     if Path(path).is_file():
         return NpzImages(path)
-    if is_image_folder(path):
-        return load_folder(path, size, args.split)
-    return load_data(path, size, args.image_column, args.label_column, args.split)
+    return load_data(
+        path, size, args.image_column, args.label_column, args.split, args.upright)
 
 
 def image_size(source):
@@ -1403,6 +2011,14 @@ def check_features(name):
     if name not in ("inception", "efficientnet-lite0") and not Path(name).is_file():
         raise InputError(f"unknown features {name!r}: give inception, efficientnet-lite0 or the "
                          "path of a TorchScript file")
+
+
+def say_turned(features):
+    """How many images are not read as other evaluators read them, in one line."""
+    if features.turned:
+        log_stderr(f"note: {features.turned} of the {features.count} images of {features.name} "
+                   "were turned upright; --no-upright reads them as ADM, clean-fid and "
+                   "torch-fidelity do")
 
 
 def float64_device(accelerator):
@@ -1431,11 +2047,11 @@ def gather_rows(rows, total, accelerator):
 
 
 class ReferenceFile:
-    """A reference .npz of ADM's kind: images (arr_0), statistics (mu, sigma, mu_s, sigma_s) or both.
+    """A reference .npz of ADM's kind: images arr_0, statistics mu, sigma, mu_s, sigma_s, or both.
 
     statistics: {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)} in float64, those that are there;
     images: NpzImages or None; count: of the images, or None; kinds: what metrics can be made of.
-    Raises InputError when it is damaged, holds numbers that are not finite or is of another network.
+    Raises InputError when it is damaged, has numbers that are not finite, or is of another network.
     """
 
     def __init__(self, path, network):
@@ -1512,6 +2128,105 @@ class ReferenceFile:
                              f"{network.width}")
 
 
+class ReferenceCache:
+    """Features of a reference in the user's cache folder, so that its images are read once.
+
+    The file is named by what the Features depend on: the images' content, crop and orientation, and
+    the network with its resize. All files together have at most CACHE_BYTES; the oldest go first.
+    """
+
+    def __init__(self, source, network, accelerator):
+        self.source, self.network, self.accelerator = source, network, accelerator
+        if isinstance(source, NpzImages):
+            content = [Path(source.path)]
+        else:
+            content = [source.identity(), source.image_size, source.upright]
+        self.folder = cache_folder() / "references"
+        self.path = self.folder / f"{fingerprint(*content, network.name)[:32]}.safetensors"
+
+    def _load(self):
+        """The tensors of the file and its settings, {} and {} if it is damaged or not there."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                settings = json.loads(file.metadata()["settings"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except OSError:
+            return {}, {}
+        except (SafetensorError, TypeError, KeyError, ValueError):
+            settings, tensors = {}, {}
+        if settings.get("fingerprint") != fingerprint(tensors):
+            log_stderr(f"note: {self.path} is damaged and is made anew")
+            return {}, {}
+        return tensors, settings
+
+    def read(self, wanted):
+        """The Features `wanted`, or None if they are not there on every process."""
+        tensors, settings = self._load()
+        home = float64_device(self.accelerator)
+        found = {}
+        for kind in wanted:
+            names = [kind] if kind == "rows" else [f"{kind}.mean", f"{kind}.covariance"]
+            if tensors.keys() >= set(names):
+                parts = tuple(tensors[name].to(home) for name in names)
+                found[kind] = parts[0] if kind == "rows" else parts
+        complete = torch.tensor(float(found.keys() >= wanted), device=self.accelerator.device)
+        if self.accelerator.reduce(complete) < self.accelerator.num_processes:
+            return None
+        size = settings["size"] and tuple(settings["size"])
+        with contextlib.suppress(OSError):
+            os.utime(self.path)  # the oldest are those not used for the longest time
+        self._say("read from")
+        return Features(self.source.name, len(self.source), self.network.name, size,
+                        settings["turned"], **found)
+
+    def write(self, features):
+        """Keep Features beside those that are there; what cannot be written is said and no more."""
+        if not self.accelerator.is_main_process:
+            return
+        tensors, _ = self._load()
+        for kind in features.kinds:
+            value = getattr(features, kind)
+            if kind == "rows":
+                tensors[kind] = value.cpu().contiguous()
+            else:
+                tensors[f"{kind}.mean"] = value[0].cpu().contiguous()
+                tensors[f"{kind}.covariance"] = value[1].cpu().contiguous()
+        if sum(tensor.nbytes for tensor in tensors.values()) > CACHE_BYTES:
+            log_stderr(f"note: the features of {features.name} are too large to be kept")
+            return
+        settings = dict(size=features.size, turned=features.turned,
+                        fingerprint=fingerprint(tensors))
+        metadata = dict(settings=json.dumps(settings))
+        try:
+            write_atomically(self.path, lambda path: save_file(tensors, path, metadata))
+            self._trim()
+        except (InputError, OSError) as error:
+            log_stderr(f"note: the features of {features.name} are not kept: {error}")
+            return
+        self._say("kept in")
+
+    def _files(self):
+        """The files of this cache, whole or left by a kill, the newest first."""
+        own = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.\d+\.tmp\.safetensors)?")
+        files = [path for path in self.folder.iterdir() if own.fullmatch(path.name)]
+        return sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
+
+    def _trim(self):
+        """Remove the oldest files, so that no more than CACHE_BYTES are left."""
+        total = 0
+        for path in self._files():
+            total += path.stat().st_size
+            if total > CACHE_BYTES:
+                path.unlink()
+
+    def _say(self, what):
+        if self.accelerator.is_main_process:
+            total = sum(path.stat().st_size for path in self._files())
+            print(f"reference: features of {self.source.name} {what} {self.path}, one of the files "
+                  f"of {total / 1e6:.0f} MB there, at most {CACHE_BYTES / 1e9:.0f} GB; "
+                  "--no-reference-cache does without", flush=True)
+
+
 def named_statistics(features):
     """The statistics of Features as a reference file names them, numpy arrays."""
     pairs = dict(mu=features.pool, mu_s=features.spatial)
@@ -1537,8 +2252,9 @@ class NpzWriter:
         self.accelerator, self.file = accelerator, None
         if accelerator.is_main_process:
             special = self.path.exists() and not self.path.is_file()  # a device or a pipe
+            folder = None if special else self.path.parent
             with self._naming():
-                self.file = tempfile.TemporaryFile(dir=None if special else self.path.parent)
+                self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by `write`
 
     @contextlib.contextmanager
     def _naming(self):

@@ -44,6 +44,12 @@ EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No test writes to the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 # ---------------------------------------------------------- metrics
 
 
@@ -641,7 +647,8 @@ def test_bad_input_is_one_line_and_status_2(name, bad, standin, capsys):
     with pytest.raises(SystemExit) as stopped:
         flags = [str(flag) for flag in ["--features", standin, *flags]]
         evaluate.run_command(main, parse_args(flags))
-    error = capsys.readouterr().err.strip().splitlines()
+    lines = capsys.readouterr().err.strip().splitlines()
+    error = [line for line in lines if not line.startswith("data ")]  # what a folder was taken for
     assert stopped.value.code == 2 and len(error) == 1, error
     assert all(word in error[0] for word in words), error
     assert sorted(folder.rglob("*")) == before
@@ -720,7 +727,6 @@ def test_the_default_reference_is_what_the_model_was_trained_on(
         save_checkpoint(path, model, vae="none", sampling=dict(num_sampling_steps=2), **metadata)
     result = cli("--ckpt", tmp_path / "1data.safetensors", *few, out=tmp_path / "a.json")
     assert (result["reference"], result["num_reference"]) == ("data", 9)
-    assert cli("--ckpt", checkpoint, *few, out=tmp_path / "b.json")["num_reference"] == 1797
     with pytest.raises(InputError, match="gone.*--ref"):
         cli("--ckpt", tmp_path / "1gone.safetensors", *few)
     for flags in (("--ckpt", tmp_path / "0.safetensors", *few), ("--samples", tmp_path / "data"),
@@ -777,12 +783,117 @@ def test_features_that_are_not_finite_name_their_image(standin, forty):
         reference_features(evaluate.load_folder(forty), Broken(), make_accelerator(), batch_size=8)
 
 
-def test_metrics_go_to_what_is_no_file(standin, forty, tmp_path):
+def test_metrics_may_go_to_what_is_no_file(forty, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    read = []
-    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
-    reader.start()
-    cli("--samples", forty, "--ref", forty, "--features", standin, "--metrics", "fid", "--json",
-        tmp_path / "pipe")
-    reader.join(60)
-    assert json.loads(read[0])["num_samples"] == 40 and (tmp_path / "pipe").is_fifo()
+    flags = ["--samples", forty, "--ref", forty, "--json"]
+    evaluate.check_args(parse_args([*flags, str(tmp_path / "pipe")]))
+    with pytest.raises(InputError, match="--json"):
+        evaluate.check_args(parse_args([*flags, str(tmp_path)]))
+
+
+# ---------------------------------------------------------- references are read once
+
+
+class Counted:
+    """A feature network that counts the images that it sees."""
+
+    name, distance, spatial, width, any_size, seen = "counted", "FD", False, 12, True, 0
+
+    def __call__(self, images):
+        self.seen += len(images)
+        rows = nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+        return rows, rows.softmax(1), None
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip([*a.pool, a.rows], [*b.pool, b.rows], strict=True))
+
+
+def test_a_reference_is_read_once(tmp_path, capsys):
+    images = write_images(tmp_path / "ref", 9)
+    network, one = Counted(), make_accelerator()
+
+    def features(size=None, **options):
+        data = load_data(str(tmp_path / "ref"), size)
+        return reference_features(data, network, one, cache=True, **options)
+
+    first = features()
+    file, = (tmp_path / "cache" / "dit" / "references").iterdir()
+    assert network.seen == 9 and equal(first, features()) and network.seen == 9
+    said = capsys.readouterr().out.splitlines()
+    assert "kept in" in said[0] and "read from" in said[1] and "0 MB there, at most 4 GB" in said[1]
+    assert str(file) in said[1]
+
+    # Another crop, other pictures: another file.
+    features(size=4)
+    Image.fromarray(images[0][::-1].copy()).save(tmp_path / "ref" / "000.png")
+    features()
+    assert network.seen == 27 and len(list(file.parent.iterdir())) == 3
+
+    # What is missing is added, and stays.
+    Image.fromarray(images[0]).save(tmp_path / "ref" / "000.png")
+    file.unlink()
+    features(metrics=("fid",))
+    features(metrics=("kid",))
+    assert network.seen == 45 and equal(first, features()) and network.seen == 45
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "flipped"])
+def test_a_damaged_file_is_made_anew(how, tmp_path, capsys):
+    write_images(tmp_path / "ref", 9)
+    network, data = Counted(), load_data(str(tmp_path / "ref"))
+    features = lambda: reference_features(data, network, make_accelerator(), cache=True)
+    first = features()
+    file, = (tmp_path / "cache" / "dit" / "references").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 64
+    cut = dict(cut=content[:-40], empty=b"", flipped=content)
+    file.write_bytes(cut[how])
+    assert equal(first, features()) and network.seen == 18
+    assert f"{file} is damaged" in capsys.readouterr().err
+    assert equal(first, features()) and network.seen == 18
+
+
+def test_the_cache_is_bounded_and_can_be_done_without(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "cache" / "dit" / "references"
+    monkeypatch.setattr(evaluate, "CACHE_BYTES", 6000)
+    network, one = Counted(), make_accelerator()
+    data = [load_data(str(tmp_path / str(i)))
+            for i in range(4) if len(write_images(tmp_path / str(i), 9, seed=i))]
+    read = lambda i: reference_features(data[i], network, one, cache=True)
+    read(0)
+    oldest, = folder.iterdir()
+    (folder / "notes.safetensors").write_text("somebody's")
+    for age, i in ((100, 1), (200, 0), (50, 2), (0, 3)):
+        read(i)
+        os.utime(max(folder.glob("?" * 32 + ".*"), key=os.path.getmtime), (2e9 - age, 2e9 - age))
+    sizes = [path.stat().st_size for path in folder.glob("?" * 32 + ".*")]
+    assert sum(sizes) <= 6000 and len(sizes) >= 2 and not oldest.exists()
+    assert (folder / "notes.safetensors").exists()
+    monkeypatch.setattr(evaluate, "CACHE_BYTES", 100)
+    seen = network.seen
+    reference_features(load_data(str(tmp_path / "3"), 4), network, one, cache=True)
+    assert network.seen == seen + 9 and "too large" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path, standin, forty, capsys):
+    (tmp_path / "cache").write_text("a file in its place")
+    args = ("--samples", forty, "--ref", forty, "--features", standin, "--metrics", "fid")
+    assert cli(*args, out=tmp_path / "a.json")["fid"] == pytest.approx(0, abs=1e-6)
+    assert "are not kept" in capsys.readouterr().err
+    cli(*args, "--no-reference-cache")
+    assert "reference" not in capsys.readouterr().err
+
+
+def test_turned_images_are_counted(tmp_path, standin, capsys):
+    write_images(tmp_path / "ref", 9)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(tmp_path / "ref" / "000.png").save(tmp_path / "ref" / "000.png", exif=exif)
+    args = ("--samples", tmp_path / "ref", "--ref", tmp_path / "ref", "--features", standin,
+            "--metrics", "fid")
+    for _ in range(2):  # the second time from the cache
+        cli(*args)
+        assert capsys.readouterr().err.count("1 of the 9 images of ref were turned upright") == 2
+    cli(*args, "--no-upright")
+    assert "turned" not in capsys.readouterr().err
