@@ -607,20 +607,25 @@ def extract_features(name, count, batches, network, accelerator, wanted):
     home = float64_device(accelerator)
     sizes, done = set(), 0
     for images in batches:
+        # ADM's evaluator resizes whole batches: with mixed sizes its numbers would be another's.
         sizes |= {tuple(image.shape[1:]) for image in images}
         if len(sizes) > 1 and not network.any_size:
             shown = " and ".join(f"{width} x {height}" for height, width in sorted(sizes)[:2])
             raise InputError(f"{name} has images of {shown} pixels: the ADM protocol needs one "
                              "size; crop them with --image-size, or use --resize clean")
+
         for part in [images] if torch.is_tensor(images) else [image[None] for image in images]:
             if not len(part):
                 continue  # the last image of all is in another process's share
             pool, probs, spatial = network(part.to(accelerator.device))
+
+            # One number that is not finite would make every metric meaningless: name its image.
             finite = pool.isfinite().all(1)
             if not finite.all():
                 bad = rank + (done + int(finite.int().argmin())) * world
                 raise RankLocalError(f"the features of image {bad} of {name} are not finite")
             done += len(part)
+
             features = dict(pool=pool, rows=pool, probs=probs, spatial=spatial,
                             spatial_rows=spatial)
             for kind, sums in statistics.items():
@@ -2126,6 +2131,8 @@ class ReferenceFile:
         if width != network.width:
             raise InputError(f"{self.path} holds features of width {width}, {network.name} has "
                              f"{network.width}")
+        if of == "an Inception":
+            log_stderr(f"note: {self.path} does not name its network: taken for {network.name}")
 
 
 class ReferenceCache:
@@ -2143,6 +2150,7 @@ class ReferenceCache:
             content = [source.identity(), source.image_size, source.upright]
         self.folder = cache_folder() / "references"
         self.path = self.folder / f"{fingerprint(*content, network.name)[:32]}.safetensors"
+        self.tensors, self.settings = self._load()
 
     def _load(self):
         """The tensors of the file and its settings, {} and {} if it is damaged or not there."""
@@ -2161,7 +2169,7 @@ class ReferenceCache:
 
     def read(self, wanted):
         """The Features `wanted`, or None if they are not there on every process."""
-        tensors, settings = self._load()
+        tensors, settings = self.tensors, self.settings
         home = float64_device(self.accelerator)
         found = {}
         for kind in wanted:
@@ -2183,7 +2191,7 @@ class ReferenceCache:
         """Keep Features beside those that are there; what cannot be written is said and no more."""
         if not self.accelerator.is_main_process:
             return
-        tensors, _ = self._load()
+        tensors = self.tensors
         for kind in features.kinds:
             value = getattr(features, kind)
             if kind == "rows":
@@ -2206,25 +2214,29 @@ class ReferenceCache:
         self._say("kept in")
 
     def _files(self):
-        """The files of this cache, whole or left by a kill, the newest first."""
+        """(time, bytes, path) of this cache's files, whole or left by a kill, newest first."""
         own = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.\d+\.tmp\.safetensors)?")
-        files = [path for path in self.folder.iterdir() if own.fullmatch(path.name)]
-        return sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
+        found = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+                if own.fullmatch(path.name):
+                    found.append((path.stat().st_mtime, path.stat().st_size, path))
+        return sorted(found, reverse=True)
 
     def _trim(self):
         """Remove the oldest files, so that no more than CACHE_BYTES are left."""
         total = 0
-        for path in self._files():
-            total += path.stat().st_size
+        for _, size, path in self._files():
+            total += size
             if total > CACHE_BYTES:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def _say(self, what):
         if self.accelerator.is_main_process:
-            total = sum(path.stat().st_size for path in self._files())
-            print(f"reference: features of {self.source.name} {what} {self.path}, one of the files "
-                  f"of {total / 1e6:.0f} MB there, at most {CACHE_BYTES / 1e9:.0f} GB; "
-                  "--no-reference-cache does without", flush=True)
+            total = sum(size for _, size, _ in self._files())
+            print(f"reference: features of {self.source.name} {what} {self.path}; {total / 1e6:.0f}"
+                  f" MB are kept there, at most {CACHE_BYTES / 1e9:.0f} GB; --no-reference-cache "
+                  "does without", flush=True)
 
 
 def named_statistics(features):
@@ -2272,12 +2284,16 @@ class NpzWriter:
         empty = torch.empty(0, 3, *size, dtype=torch.uint8)
         for start in range(0, count, step):
             images = next(batches, empty)  # empty: the last images are other processes'
+
+            # One array holds all, so another size is an error and not a damaged file.
             for image in images:
                 if list(image.shape[1:]) != size:
                     raise RankLocalError(
                         f"cannot write {self.path}: an .npz holds images of one size, and these "
                         f"have {size[1]} x {size[0]} and {image.shape[2]} x {image.shape[1]} "
                         "pixels; crop them with --image-size")
+
+            # All processes take part in gathering; the main one alone has a file.
             images = images.to(self.accelerator.device)
             together = gather_rows(images, min(step, count - start), self.accelerator)
             if self.file:
@@ -2290,6 +2306,7 @@ class NpzWriter:
         if not self.file:
             return
 
+        # What np.savez writes, but from the file, since memory may not hold so many images.
         def write(path):
             with zipfile.ZipFile(path, "w") as archive:
                 header = dict(descr="|u1", fortran_order=False, shape=self.shape)

@@ -821,7 +821,7 @@ def test_a_reference_is_read_once(tmp_path, capsys):
     file, = (tmp_path / "cache" / "dit" / "references").iterdir()
     assert network.seen == 9 and equal(first, features()) and network.seen == 9
     said = capsys.readouterr().out.splitlines()
-    assert "kept in" in said[0] and "read from" in said[1] and "0 MB there, at most 4 GB" in said[1]
+    assert "kept in" in said[0] and "read from" in said[1] and "0 MB are kept there, at most 4 GB" in said[1]
     assert str(file) in said[1]
 
     # Another crop, other pictures: another file.
