@@ -32,6 +32,7 @@ import zipfile
 import zlib
 from collections import Counter, namedtuple
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,63 +66,89 @@ from sample_grid import (
     sampling_settings,
 )
 
+PAIRS = 2**24  # distances between rows that are held at a time
+
 
 @contextlib.contextmanager
 def full_float32():
-    """No TF32 inside: its 10 bits do for training, not for features. Also a decorator."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    saved = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
+    """No TF32 inside: its 10 bits are fit for training, not for features and distances.
+
+    Also a decorator.
+    """
+    saved = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        for backend, value in zip(backends, saved, strict=True):
-            backend.allow_tf32 = value
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
 
 
 # ---------------------------------------------------------- metrics: features in, numbers out
 
 
-def _rows(*sets, least=2):
-    """Feature sets of any dtype, numpy or torch, as tensors (N, D) of one width. InputError unless they are that."""
-    sets = [x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for x in sets]
-    for x in sets:
-        if x.ndim != 2 or x.shape[1] != sets[0].shape[1]:
-            raise InputError(f"features must be (N, D) with one D, but the shapes are {[tuple(x.shape) for x in sets]}")
+def _rows(least=2, **sets):
+    """Named feature sets of any dtype, numpy or torch, as tensors (N, D) of one width.
+
+    InputError unless they are that, finite, and of at least `least` rows.
+    """
+    sets = {name: _tensor(name, x) for name, x in sets.items()}
+    shapes = [tuple(x.shape) for x in sets.values()]
+    for name, x in sets.items():
+        if x.ndim != 2 or x.shape[1] != shapes[0][1]:
+            raise InputError(f"features must be (N, D) with one D, but the shapes are {shapes}")
         if len(x) < least:
-            raise InputError(f"a set of {len(x)} images is too small: this metric needs at least {least}")
-    return sets
+            raise InputError(f"{name}: a set of {len(x)} images is too small, "
+                             f"this metric needs at least {least}")
+    return list(sets.values())
+
+
+def _tensor(name, x):
+    """x as a tensor, numpy or torch. InputError if a number in it is not finite."""
+    x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x))
+    if not x.isfinite().all():
+        where = tuple((~x.isfinite()).nonzero()[0].tolist())
+        raise InputError(f"{name} has a number that is not finite: {float(x[where])} at {where}")
+    return x
+
+
+# ---------------------------------------------------------------------- statistics of a set
 
 
 class Statistics:
     """Mean (D,) and covariance (D, D; ddof 1) of feature rows in float64, added batch by batch.
 
-    Batches are merged about their own means (Chan, Golub & LeVeque, 1979): no digits are lost to a large offset, and
-    the memory does not grow with the number of rows.
+    Batches are merged about their own means (Chan, Golub & LeVeque, 1979): no digits are lost to
+    a large offset, and the memory does not grow with the number of rows.
     """
 
     def __init__(self):
         self.count, self.mean, self.scatter = 0, 0.0, 0.0
 
     def add(self, rows):
-        rows = rows.double()
-        mean = rows.mean(0)
-        centred = rows - mean
-        self._merge(len(rows), mean, centred.T @ centred)
-
-    def _merge(self, count, mean, scatter):
-        total = self.count + count
+        """Add rows (N, D) of any dtype."""
+        if not self.count:
+            self.scatter = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        total = self.count + len(rows)
+        centred = rows.new_empty(len(rows) + 1, rows.shape[1], dtype=torch.float64)
+        mean = rows.mean(0, dtype=torch.float64)
+        torch.sub(rows, mean, out=centred[:-1])
+        # Two parts' scatter about their common mean is the sum of the scatters about their own
+        # means and nm / (n + m) delta delta^T: one more row.
         delta = mean - self.mean
-        self.scatter = scatter.addr_(delta, delta, alpha=self.count * count / total).add_(self.scatter)
-        self.mean = self.mean + delta * (count / total)
+        centred[-1] = delta * math.sqrt(self.count * len(rows) / total)
+        # The scatter is symmetric: strips from the diagonal to the right are half the work.
+        for j in range(0, len(mean), 256):
+            strip = self.scatter[j : j + 256, j:]
+            strip.addmm_(centred[:, j : j + 256].T, centred[:, j:])
+        self.mean = self.mean + delta * (len(rows) / total)
         self.count = total
 
     def gathered(self, accelerator):
         """The statistics of all processes' rows together; every process must have added some."""
         if accelerator.num_processes == 1:
             return self
-        count = accelerator.reduce(torch.tensor(float(self.count), device=self.mean.device, dtype=torch.float64))
+        count = torch.tensor(float(self.count), device=self.mean.device, dtype=torch.float64)
+        count = accelerator.reduce(count)
         merged = Statistics()
         merged.mean = accelerator.reduce(self.mean * self.count) / count
         delta = self.mean - merged.mean
@@ -130,49 +157,69 @@ class Statistics:
         return merged
 
     def result(self):
-        """(mean, covariance). InputError when there are fewer than two rows."""
+        """(mean, covariance). InputError for fewer than two rows, or numbers not finite."""
         if self.count < 2:
             raise InputError(f"a covariance needs at least two images, not {self.count}")
-        return self.mean, self.scatter / (self.count - 1)
+        _tensor("the mean of the features", self.mean)
+        upper = self.scatter.triu() / (self.count - 1)
+        return self.mean, upper + upper.triu(1).T
 
 
 def compute_statistics(features):
-    """Mean (D,) and covariance (D, D) with ddof 1, float64 numpy arrays, of features (N, D). InputError if N < 2."""
+    """Mean (D,) and covariance (D, D; ddof 1), float64 numpy arrays, of features (N, D).
+
+    InputError if N < 2 or a feature is not finite.
+    """
     statistics = Statistics()
-    for part in _rows(features)[0].split(4096):
+    for part in _rows(features=features)[0].split(4096):
         statistics.add(part)
-    return tuple(x.cpu().numpy() for x in statistics.result())
+    mean, covariance = statistics.result()
+    return mean.cpu().numpy(), covariance.cpu().numpy()
+
+
+# ---------------------------------------------------------------------- Fréchet distance
 
 
 def _factor(sigma):
-    """F (D, rank) with F F^T = sigma: Cholesky's if the rank is full (ten times faster), else by eigenvectors."""
+    """F (D, rank) with F F^T = sigma: Cholesky's if the rank is full, else from eigenvectors.
+
+    Cholesky takes a tenth of the time, but fails where rounding makes an eigenvalue negative.
+    """
     factor, failed = torch.linalg.cholesky_ex(sigma)
     if not failed:
         return factor
+    # Eigenvalues of zero come out as large as D eps times the largest. Their roots, 1e-7 of the
+    # largest root each, would be added to the distance by the hundred: drop them.
     values, vectors = torch.linalg.eigh(sigma)
-    noise = len(values) * torch.finfo(torch.float64).eps * values[-1]  # eigenvalues of zero come out as large as this
-    kept = values > noise
+    kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1]
     kept[-1] = True
     return vectors[:, kept] * values[kept].clamp(min=0).sqrt()
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """FID: |mu1 - mu2|^2 + tr(s1 + s2 - 2 (s1 s2)^(1/2)) (Heusel et al., 2017, equation 6), in float64, at least 0.
+    """FID: |mu1 - mu2|^2 + tr(s1 + s2 - 2 (s1 s2)^(1/2)) in float64, at least 0.
 
-    With s1 = F F^T and s2 = G G^T the root's trace is the sum of the singular values of F^T G, also for singular
-    covariances, where an iterated matrix square root fails. They are the roots of the eigenvalues of F^T s2 F where
-    these are large enough to be accurate (F is a singular one's, if any, so that zeros fall out), else they are an
-    SVD's. Raises InputError when the widths differ.
+    Heusel et al., 2017, equation 6. With s1 = F F^T and s2 = G G^T, the product s1 s2 =
+    F F^T G G^T has the same non-zero eigenvalues as (F^T G)(F^T G)^T, so tr (s1 s2)^(1/2) is the
+    sum of the singular values of F^T G: also for singular covariances, where an iterated matrix
+    square root fails. InputError when the widths differ or a number is not finite.
     """
-    stats = [x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for x in (mu1, sigma1, mu2, sigma2)]
-    mu1, sigma1, mu2, sigma2 = (x.double() for x in stats)
+    named = dict(mu1=mu1, sigma1=sigma1, mu2=mu2, sigma2=sigma2)
+    mu1, sigma1, mu2, sigma2 = (_tensor(name, x).double() for name, x in named.items())
     if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[1:]:
-        raise InputError(f"statistics of different widths: {', '.join(str(tuple(x.shape)) for x in stats)}")
-    factor, other, traces = _factor(sigma1), sigma2, sigma1.trace() + sigma2.trace()
-    if factor.shape[1] == len(factor):  # of full rank: the other may be singular
+        shapes = [tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]
+        raise InputError(f"statistics of different widths: {shapes}")
+    # Factor a singular covariance rather than a regular one: F has then no columns of zeros,
+    # whose singular values would be rounding noise.
+    factor, other = _factor(sigma1), sigma2
+    if factor.shape[1] == len(factor):
         factor, other = _factor(sigma2), sigma1
+    traces = sigma1.trace() + sigma2.trace()
+    # Roots of the eigenvalues of (F^T G)(F^T G)^T = F^T s2 F take a fifth of an SVD's time. Each
+    # eigenvalue v is off by about sqrt(D) eps of the largest, its root by that over 2 sqrt(v):
+    # take them if all that is below 1e-9 of the traces, more digits than anyone compares.
     values = torch.linalg.eigvalsh(factor.T @ other @ factor)
-    error = len(values) ** 0.5 * torch.finfo(torch.float64).eps * values[-1]  # of each eigenvalue
+    error = len(values) ** 0.5 * torch.finfo(torch.float64).eps * values[-1]
     if (error / 2 / values.clamp(min=error).sqrt()).sum() < 1e-9 * traces:
         root = values.clamp(min=0).sqrt().sum()
     else:
@@ -180,198 +227,243 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(0.0, float((mu1 - mu2).square().sum() + traces - 2 * root))
 
 
-def inception_score(probs, split_size=5000):
-    """exp(mean KL(p(y|x) || p(y))) (Salimans et al., 2016) of class probabilities (N, C): (mean, std) over chunks.
+# ---------------------------------------------------------------------- inception score
 
-    As in the ADM suite the chunks are consecutive, in the given order, and a short last one counts fully.
+
+def inception_score(probs, split_size=5000):
+    """exp(mean KL(p(y|x) || p(y))) of class probabilities (N, C): (mean, std) over chunks.
+
+    Salimans et al., 2016. As in the ADM suite the chunks are consecutive, in the given order,
+    and a short last one counts fully. InputError if a probability is not finite.
     """
-    scores = [math.exp(_divergence(chunk).mean()) for chunk in _rows(probs, least=1)[0].split(split_size)]
+    chunks = _rows(probs=probs, least=1)[0].split(split_size)
+    scores = [math.exp(_divergence(chunk).mean()) for chunk in chunks]
     return float(np.mean(scores)), float(np.std(scores))
 
 
 def _divergence(probs):
-    """KL(p(y|x) || p(y)) of each row, p(y) being the rows' mean; a probability of exactly zero adds nothing."""
+    """KL(p(y|x) || p(y)) of each row, p(y) the rows' mean; a probability of 0 adds nothing."""
     probs = probs.double()
-    return (torch.special.xlogy(probs, probs) - torch.special.xlogy(probs, probs.mean(0))).sum(1)
+    marginal = probs.mean(0)
+    return (torch.special.xlogy(probs, probs) - torch.special.xlogy(probs, marginal)).sum(1)
 
 
+# ---------------------------------------------------------------------- kernel distance
+
+
+@full_float32()
 def kernel_distance(real, fake, num_subsets=100, subset_size=1000, seed=2020):
-    """KID (Binkowski et al., 2018): unbiased MMD^2 with kernel (x.y/D + 1)^3 in float64: (mean, std) over subsets.
+    """KID (Binkowski et al., 2018): unbiased MMD^2 of kernel (x.y/D + 1)^3: (mean, std).
 
-    Subsets are drawn without replacement by numpy's RandomState(seed), fake rows first, as torch-fidelity does. Sets
-    smaller than subset_size are taken whole. Raises InputError for fewer than two rows or different widths.
+    Mean and deviation are over subsets, drawn without replacement by numpy's RandomState(seed),
+    fake rows first, as torch-fidelity does. Sets smaller than subset_size are taken whole.
+    InputError for fewer than two rows, different widths or features that are not finite.
     """
-    real, fake = _rows(real, fake)
-    random, m, scores = np.random.RandomState(seed), min(subset_size, len(real), len(fake)), []
+    real, fake = _rows(real=real, fake=fake)
+    m = min(subset_size, len(real), len(fake))
+    # Float32 features are multiplied in float32, at half the time, where a subset has so many
+    # pairs that the rounding averages out: 1,000 rows give KID to 1e-11. Sums are float64.
+    exact = m < 1000 or torch.float64 in (real.dtype, fake.dtype)
+    centre = real.mean(0, dtype=torch.float64).to(torch.float64 if exact else torch.float32)
+    real, fake = _centred(real, centre), _centred(fake, centre)
+    random, scores = np.random.RandomState(seed), []
     for _ in range(num_subsets):
-        rows = [torch.from_numpy(random.choice(len(s), m, replace=False)).to(s.device) for s in (fake, real)]
-        x, y = fake[rows[0]].double(), real[rows[1]].double()
-        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-        within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
-        scores.append(within / (m * (m - 1)) - 2 * xy.mean())
+        x, y = (_subset(s, random.choice(len(s[0]), m, replace=False)) for s in (fake, real))
+        within = _distinct_pairs(x) + _distinct_pairs(y)
+        scores.append(within / (m * (m - 1)) - 2 * _kernel(x, y).mean())
     scores = torch.stack(scores)
     return float(scores.mean()), float(scores.std(correction=0))
 
 
-class _Coarse:
-    """Feature rows in float32 for fast distances, with a bound on each distance's error.
+def _centred(x, centre):
+    """Rows about a centre c, and x.c/D - c.c/2D + 1/2 in float64: what _kernel needs of a set.
 
-    The rows are moved by a median and scaled by a power of two (outliers, offsets and scale cost no digits). With
-    |u|^2 + |v|^2 - 2 u.v in float32 the error is at most bound_u + bound_v, bound = (D + 32) 2^-24 |u|^2 for any order
-    of summation (Higham, Accuracy and Stability, section 3.1), conversions included, plus what may underflow.
+    x.y = (x - c).(y - c) + (x.c - c.c/2) + (y.c - c.c/2): what the features have in common, most
+    of x.y, is then not rounded to float32.
+    """
+    wide = centre.double()
+    shift = torch.cat([part.double() @ wide for part in x.split(4096)]) - wide.square().sum() / 2
+    return x.to(centre.dtype) - centre, shift / len(centre) + 0.5
+
+
+def _subset(x, index):
+    return [part[torch.from_numpy(index).to(part.device)] for part in x]
+
+
+def _kernel(x, y):
+    """(x.y/D + 1)^3 of all pairs (N, M) in float64, of sets that went through _centred."""
+    (x, shift_x), (y, shift_y) = x, y
+    return (shift_x[:, None] + shift_y).add_(x @ y.T, alpha=1 / x.shape[1]).pow_(3)
+
+
+def _distinct_pairs(x):
+    """The kernel's sum over the pairs of different rows of x."""
+    total = 0.0
+    for i in range(0, len(x[0]), 250):
+        # A strip of the upper half: what lies right of its square counts twice.
+        strip = _kernel([part[i : i + 250] for part in x], [part[i:] for part in x])
+        total = total + 2 * strip.sum() - strip[:, : len(strip)].sum() - strip.trace()
+    return total
+
+
+# ---------------------------------------------------------------------- nearest neighbours
+
+
+class Neighbours(NamedTuple):
+    """Who lies in whose k-nearest-neighbour ball, for one k, decided as in exact arithmetic.
+
+    A row's ball reaches to its k-th nearest other row of its own set: closed with that distance,
+    open without.
     """
 
-    def __init__(self, features, centre, scale):
-        exact = features.dtype in (torch.float16, torch.bfloat16, torch.float32)  # then float32 differences are too
-        work = torch.float32 if exact else torch.float64
-        self.rows = torch.cat([((part.to(work) - centre.to(work)) * scale).float() for part in features.split(1024)])
-        norm = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64).square()
-        bound = (self.rows.shape[1] + 32) * 2.0**-24 * norm + (norm > 0) * self.rows.shape[1] * 1e-37
-        self.low, self.slack = (norm - bound).float(), (2 * bound).float()
-
-    @staticmethod
-    def of(*sets):
-        """The sets about a median of the first, and scale^2, which turns squared distances into those of the rows."""
-        centre = sets[0][:: len(sets[0]) // 1000 + 1].median(0).values.double()
-        largest = max(float((extreme.double() - centre).abs().max()) for x in sets for extreme in x.aminmax(dim=0))
-        scale = 2.0 ** -math.frexp(largest)[1]
-        return [_Coarse(x, centre, scale) for x in sets], scale**2
-
-    def lower(self, i, other, j):
-        """Lower bounds (I, J) of the squared distances of rows i to rows j of other."""
-        return torch.addmm(other.low[j], self.rows[i], other.rows[j].T, alpha=-2).add_(self.low[i, None])
-
-
-def _exact(a, i, b, j):
-    """Squared distances of rows i of a to rows j of b, float64, from differences.
-
-    Always in pieces of one shape, so that one pair gives one value bit for bit wherever it occurs: <= and < need that.
-    """
-    size = 256
-    pieces = []
-    for k in range(0, len(i), size):
-        rows, columns = (F.pad(x[k : k + size], (0, max(0, k + size - len(i)))) for x in (i, j))
-        pieces.append(a[rows].double().sub_(b[columns]).square_().sum(1))
-    return torch.cat([*pieces, torch.empty(0, dtype=torch.float64, device=a.device)])[: len(i)]
-
-
-def _spans(n, size):
-    return [slice(k, min(n, k + size)) for k in range(0, n, size)]
+    fake_in_real: torch.Tensor  # (F,) bool: in a closed ball of some real row
+    real_in_fake: torch.Tensor  # (R,) bool: in a closed ball of some fake row
+    balls: torch.Tensor  # (F,) int: open balls of real rows that hold this fake row
+    covered: torch.Tensor  # (R,) bool: this real row's open ball holds some fake row
 
 
 @full_float32()
-def _radii(features, k, block):
-    """Squared distance (N,) of each row to its k-th nearest other row, float64 and exact.
+def find_neighbours(real, fake, ks):
+    """{k: Neighbours} of features (R, D) and (F, D) for some k, from one pass over all pairs.
 
-    float32 bounds leave a few candidates for each row; those that the bounds cannot tell apart are computed exactly.
+    InputError for k >= N, different widths or features that are not finite.
     """
-    (coarse,), scale2 = _Coarse.of(features)
-    n, everyone = len(features), torch.arange(len(features), device=features.device)
-    kept = min(k + 4, n - 1)
-    best = torch.full((n, kept), torch.inf, device=features.device)  # lower bounds, smallest first
-    index = torch.zeros(n, kept, dtype=torch.long, device=features.device)
-
-    def keep(rows, lower, first):
-        values, where = lower.topk(min(kept, lower.shape[1]), largest=False)
-        best[rows], chosen = torch.cat([best[rows], values], 1).topk(kept, largest=False)
-        index[rows] = torch.cat([index[rows], where + first], 1).gather(1, chosen)
-
-    for i in _spans(n, block):
-        for j in _spans(n, block)[i.start // block :]:  # the distances are symmetric
-            lower = coarse.lower(i, coarse, j)
-            if i == j:
-                keep(i, lower.fill_diagonal_(torch.inf), j.start)
-            else:
-                keep(i, lower, j.start)
-                keep(j, lower.T.contiguous(), i.start)
-
-    def kth(rows, columns, lower):
-        """The k-th smallest of the distances that lower (I, J) bounds, and an upper bound of it."""
-        upper = lower + coarse.slack[rows, None] + coarse.slack[columns]
-        least, most = (x.kthvalue(k, 1, keepdim=True).values for x in (lower, upper))
-        distances = torch.full_like(lower, torch.inf, dtype=torch.float64).masked_fill_(upper < least, -torch.inf)
-        r, c = ((lower <= most) & (upper >= least) & (most > least)).nonzero(as_tuple=True)
-        distances[r, c] = _exact(features, rows[r], features, columns[r, c])
-        exact = distances.kthvalue(k, 1, keepdim=True).values
-        return torch.where(most > least, exact, most / scale2)[:, 0], most[:, 0]
-
-    radii = torch.empty(n, dtype=torch.float64, device=features.device)
-    for i in _spans(n, block):
-        radii[i], most = kth(everyone[i], index[i], best[i])
-        unfinished = everyone[i][(best[i, -1] <= most) & (kept < n - 1)]  # others may be as near: look at all
-        for rows in unfinished.split(max(1, block**2 // n)):
-            lower = coarse.lower(rows, coarse, slice(0, n)).scatter_(1, rows[:, None], torch.inf)
-            radii[rows] = kth(rows, everyone.expand(len(rows), n), lower)[0]
-    return radii
+    real, fake = _rows(least=1 + max(ks), real=real, fake=fake)
+    near_real, near_fake = _nearest(real, max(ks)), _nearest(fake, max(ks))
+    found = {k: Neighbours(*(torch.zeros(n, dtype=dtype, device=real.device) for n, dtype in (
+        (len(fake), torch.bool), (len(real), torch.bool),
+        (len(fake), torch.long), (len(real), torch.bool)))) for k in ks}
+    pairs = _Pairs(real, fake)
+    # Pairs that may be in the largest of either's balls; the float32 limits are rounded up.
+    reach = [(near[:, -1] * pairs.unit).float() * (1 + 2**-22) for near in (near_real, near_fake)]
+    for start, lower in pairs.strips():
+        limit = torch.maximum(reach[0][start : start + len(lower), None], reach[1])
+        candidates = (lower <= limit).nonzero()
+        for r, f in (part.unbind(1) for part in candidates.split(2**20)):
+            low, r = lower[r, f].double(), r + start
+            high = low + pairs.slack(r, f)
+            low, high = low / pairs.unit, high / pairs.unit
+            # A bound decides like the distance itself, unless a radius is within the bounds.
+            distance = low
+            radii = torch.cat([near_real[r], near_fake[f]], 1)
+            doubt = ((low[:, None] <= radii) & (radii <= high[:, None])).any(1)
+            distance[doubt] = _squared_distances(real, r[doubt], fake, f[doubt])
+            for k, (fake_in_real, real_in_fake, balls, covered) in found.items():
+                fake_in_real[f[distance <= near_real[r, k - 1]]] = True
+                real_in_fake[r[distance <= near_fake[f, k - 1]]] = True
+                inside = distance < near_real[r, k - 1]
+                balls += f[inside].bincount(minlength=len(fake))
+                covered[r[inside]] = True
+    return found
 
 
-@full_float32()
-def _memberships(real, fake, pr_k, dc_k, block):
-    """Who lies in whose k-NN balls, from one pass over all distances, in blocks of block x block.
+def _nearest(x, k):
+    """Squared distances (N, k) of each row to its k nearest other rows, sorted and exact."""
+    pairs = _Pairs(x, x)
+    nearest = torch.empty(len(x), k, dtype=torch.float64, device=x.device)
+    for start, lower in pairs.strips():
+        rows = torch.arange(len(lower), device=x.device)
+        count = k + 4
+        # Exact distances to the rows with the least bounds, until no other can be nearer: for
+        # rows of which four more than needed are too few, twice as many each time.
+        while len(rows):
+            bounds, columns = lower[rows].topk(min(count, len(x)), largest=False)
+            index = (rows + start)[:, None].expand_as(columns).flatten()
+            distances = _squared_distances(x, index, x, columns.flatten()).view(columns.shape)
+            nearest[rows + start] = distances.sort(1).values[:, 1 : k + 1]  # the first is itself
+            more = bounds[:, -1] < nearest[rows + start, -1] * pairs.unit
+            rows = rows[more & (count < len(x))]
+            count *= 2
+    return nearest
 
-    Returns, for pr_k (closed balls): whether each fake row is in a real ball (F,), each real row in a fake one (R,);
-    for dc_k (open balls): in how many real balls each fake row is (F,), whether each real ball holds a fake row (R,). A
-    k of 0 leaves its two out. All decisions are those of exact arithmetic. InputError for k >= N or different widths.
+
+def _squared_distances(a, i, b, j):
+    """Squared distances (P,) of the rows a[i] and b[j] in float64, from differences.
+
+    Columns are added in an order that depends on D alone: a pair gives one value bit for bit
+    wherever it occurs, so that <= and < know a tie.
     """
-    real, fake = _rows(real, fake, least=1 + max(pr_k, dc_k))
-    radii = {k: _radii(real, k, block) for k in {pr_k, dc_k} - {0}}
-    fake_radii = _radii(fake, pr_k, block) if pr_k else None
-    (coarse_real, coarse_fake), scale2 = _Coarse.of(real, fake)
-    in_real, covered = (torch.zeros(len(x), dtype=torch.bool, device=real.device) for x in (fake, real))
-    in_fake, balls = torch.zeros_like(covered), torch.zeros(len(fake), dtype=torch.long, device=real.device)
-    for i in _spans(len(real), block):
-        for j in _spans(len(fake), block):
-            lower = coarse_real.lower(i, coarse_fake, j)
-
-            def inside(radii, compare, i=i, j=j, lower=lower):
-                limit = (radii * scale2).float()
-                near = lower <= limit
-                r, c = near.nonzero(as_tuple=True)
-                upper = lower[r, c] + coarse_real.slack[i][r] + coarse_fake.slack[j][c]
-                unsure = (upper >= limit.expand_as(lower)[r, c]).nonzero()[:, 0]
-                r, c = r[unsure], c[unsure]
-                near[r, c] = compare(_exact(real, r + i.start, fake, c + j.start), radii.expand_as(lower)[r, c])
-                return near
-
-            if pr_k:
-                in_real[j] |= inside(radii[pr_k][i, None], torch.le).any(0)
-                in_fake[i] |= inside(fake_radii[None, j], torch.le).any(1)
-            if dc_k:
-                within = inside(radii[dc_k][i, None], torch.lt)
-                balls[j] += within.sum(0)
-                covered[i] |= within.any(1)
-    return in_real, in_fake, balls, covered
+    found = []
+    for rows, others in zip(i.split(256), j.split(256), strict=True):
+        squares = a[rows].double().sub_(b[others]).square_()
+        while (width := squares.shape[1]) > 1:
+            squares[:, : width // 2] += squares[:, (width + 1) // 2 :]
+            squares = squares[:, : (width + 1) // 2]
+        found.append(squares[:, 0])
+    return torch.cat(found)
 
 
-def precision_recall(real, fake, k=3, block=2048):
-    """Improved precision and recall (Kynkaanniemi et al., 2019, equation 2), exact, of features (R, D) and (F, D).
+class _Pairs:
+    """Bounds of the squared distances of all rows of a to all rows of b, times `unit`.
 
-    Precision: the share of fake rows within the k-NN ball of some real row; recall: the reverse. InputError for k >= N.
+    The rows are moved by a median and scaled by a power of two, so that offsets, outliers and
+    scale cost no digits, and rounded to float32. |u|^2 + |v|^2 - 2 u.v in float32 is then off by
+    at most e(u) + e(v), e(u) = (D + 32) 2^-24 |u|^2, whatever the order of summation (Higham,
+    Accuracy and Stability, section 3.1; 32 for the other roundings), and what may underflow.
     """
-    in_real, in_fake, _, _ = _memberships(real, fake, k, 0, block)
-    return float(in_real.double().mean()), float(in_fake.double().mean())
+
+    def __init__(self, a, b):
+        self.centre = a[:: len(a) // 1000 + 1].median(0).values.double()
+        extremes = torch.stack([*a.aminmax(dim=0), *b.aminmax(dim=0)])
+        self.scale = 2.0 ** -math.frexp(float((extremes.double() - self.centre).abs().max()))[1]
+        self.unit = self.scale**2
+        self.a = self._rounded(a)
+        self.b = self.a if b is a else self._rounded(b)
+
+    def _rounded(self, x):
+        """Rows in float32, |u|^2 - e(u), and 2 e(u)."""
+        rows = [((part.double() - self.centre) * self.scale).float() for part in x.split(1024)]
+        norms = torch.cat([part.double().square().sum(1) for part in rows])
+        error = (x.shape[1] + 32) * 2.0**-24 * norms + (norms > 0) * x.shape[1] * 1e-37
+        return torch.cat(rows), (norms - error).float(), 2 * error
+
+    def strips(self):
+        """Yields (i, lower bounds (n, N) of the distances of rows i to i + n of a to all of b)."""
+        (a, low_a, _), (b, low_b, _) = self.a, self.b
+        size = max(1, PAIRS // len(b))
+        for i in range(0, len(a), size):
+            lower = torch.addmm(low_b, a[i : i + size], b.T, alpha=-2)
+            yield i, lower.add_(low_a[i : i + size, None]).clamp_(min=0)
+
+    def slack(self, i, j):
+        """How far above their lower bounds the distances of rows i of a and j of b may be."""
+        return self.a[2][i] + self.b[2][j]
 
 
-def density_coverage(real, fake, k=5, block=2048):
-    """Density and coverage (Naeem et al., 2020, equations 4 and 5), exact, of features (R, D) and (F, D).
+def precision_recall(real, fake, k=3, neighbours=None):
+    """Improved precision and recall, exact, of features (R, D) and (F, D).
 
-    Density: real k-NN balls around a fake row, over k; coverage: the share of real balls with a fake row in them. Balls
-    are open, as in the authors' prdc. InputError for k >= N.
+    Kynkaanniemi et al., 2019, equation 2. Precision: the share of fake rows in the k-NN ball of
+    some real row; recall: the reverse. `neighbours` are those of find_neighbours, if it ran for
+    several metrics at once. InputError for k >= N.
     """
-    _, _, balls, covered = _memberships(real, fake, 0, k, block)
-    return float(balls.double().mean() / k), float(covered.double().mean())
+    found = (neighbours or find_neighbours(real, fake, [k]))[k]
+    return float(found.fake_in_real.double().mean()), float(found.real_in_fake.double().mean())
 
 
-# ------------------------------------------------------------------------------------------------ uncertainty
-# Standard errors by the delta method: to first order a figure is a mean over the samples of their influences, its
-# derivatives by the samples' weights, so their standard deviation over sqrt(N) is the figure's. That costs about one
-# more evaluation of it; a bootstrap costs a hundred, and the duplicated samples that it makes would spoil k-NN balls.
+def density_coverage(real, fake, k=5, neighbours=None):
+    """Density and coverage, exact, of features (R, D) and (F, D).
+
+    Naeem et al., 2020, equations 4 and 5. Density: real k-NN balls around a fake row, over k;
+    coverage: the share of real balls with a fake row in them. Balls are open, as in the authors'
+    prdc. `neighbours` as in precision_recall. InputError for k >= N.
+    """
+    found = (neighbours or find_neighbours(real, fake, [k]))[k]
+    return float(found.balls.double().mean() / k), float(found.covered.double().mean())
+
+
+# ---------------------------------------------------------------------- confidence intervals
+# Standard errors by the delta method: to first order a metric is a mean over the samples of their
+# influences, its derivatives by the samples' weights, so their standard deviation over sqrt(N) is
+# the metric's. That costs about one more evaluation of it; a bootstrap costs a hundred, and the
+# duplicated samples that it makes would spoil k-NN balls.
 
 
 def frechet_error(rows, mu1, sigma1, mu2, sigma2):
-    """Standard error of frechet_distance over the draw of the rows (N, D) that gave mu2 and sigma2; mu1, sigma1 fixed.
+    """Standard error of frechet_distance over the draw of the rows (N, D) that gave mu2, sigma2.
 
-    The influence of x is 2 (mu2 - mu1).x + x^T (I - T) x, T the optimal transport map from N(mu2, s2) to N(mu1, s1).
+    mu1 and sigma1 are fixed. The influence of x is 2 (mu2 - mu1).x + x^T (I - T) x, T the optimal
+    transport map from N(mu2, s2) to N(mu1, s1). All are float64 tensors but for the rows.
     """
     factor = _factor(sigma1)
     values, vectors = torch.linalg.eigh(factor.T @ sigma2 @ factor)
@@ -381,39 +473,54 @@ def frechet_error(rows, mu1, sigma1, mu2, sigma2):
     influence = []
     for part in rows.split(4096):
         x = part.double() - mu2
-        influence.append(2 * x @ (mu2 - mu1) + x.square().sum(1) - (x @ half).square().sum(1))
+        quadratic = x.square().sum(1) - (x @ half).square().sum(1)
+        influence.append(2 * x @ (mu2 - mu1) + quadratic)
     return float(torch.cat(influence).std() / len(rows) ** 0.5)
 
 
 def inception_error(probs, split_size=5000):
-    """Standard error of inception_score: in each chunk the influence of x is the score times KL(p(y|x) || p(y))."""
-    chunks = [_divergence(chunk) for chunk in probs.split(split_size)]
-    variances = [math.exp(2 * kl.mean()) * float(kl.var(correction=0)) / len(kl) for kl in chunks]
-    return math.sqrt(sum(variances)) / len(chunks)
+    """Standard error of inception_score: an influence is the chunk's score times the row's KL."""
+    variance, chunks = 0.0, probs.split(split_size)
+    for chunk in chunks:
+        divergence = _divergence(chunk)
+        score = math.exp(divergence.mean())
+        variance += score**2 * float(divergence.var(correction=0)) / len(chunk)
+    return math.sqrt(variance) / len(chunks)
 
 
+@full_float32()
 def kernel_error(real, fake, std, num_subsets=100):
-    """Standard error of kernel_distance: of the full sets' MMD^2 over the draw of the fake rows, and of the subsets."""
-    influence, width = [], real.shape[1]
-    for part in fake.split(1024):
-        within, across = (sum(((part.double() @ other.double().T / width + 1) ** 3).sum(1) for other in x.split(8192))
-                          for x in (fake, real))
-        own = (part.double().square().sum(1) / width + 1) ** 3
-        influence.append((within - own) / (len(fake) - 1) - across / len(real))
-    return math.sqrt(float(4 * torch.cat(influence).var() / len(fake)) + std**2 / num_subsets)
+    """Standard error of kernel_distance, which gave std over its subsets.
+
+    That of the full sets' MMD^2 over the draw of the fake rows, and that of the subsets' mean.
+    """
+    centre = real.double().mean(0)
+    real, fake = _centred(real, centre), _centred(fake, centre)
+
+    def sums(part, others):  # the kernel's sums over all other rows, 8,192 at a time
+        blocks = zip(*(x.split(8192) for x in others), strict=True)
+        return sum(_kernel(part, block).sum(1) for block in blocks)
+
+    influence = []
+    for part in zip(*(x.split(1024) for x in fake), strict=True):
+        own = (part[0].square().sum(1) / len(centre) + 2 * part[1]) ** 3
+        within = (sums(part, fake) - own) / (len(fake[0]) - 1)
+        influence.append(within - sums(part, real) / len(real[0]))
+    variance = 4 * torch.cat(influence).var() / len(fake[0])
+    return math.sqrt(float(variance) + std**2 / num_subsets)
 
 
-def _wilson(value, n):
-    """95 % interval of a proportion of n independent trials (Wilson, 1927); sound at 0 and 1 too."""
+def density_error(found, k):
+    """Standard error of density over the draw of the fake rows, from the Neighbours found."""
+    return float(found.balls.double().std()) / k / len(found.balls) ** 0.5
+
+
+def wilson_interval(value, n):
+    """95 % interval of a proportion of n independent trials (Wilson, 1927); sound at 0 and 1."""
     z2 = 1.96**2
-    centre, half = value + z2 / (2 * n), 1.96 * math.sqrt(value * (1 - value) / n + z2 / (4 * n * n))
+    centre = value + z2 / (2 * n)
+    half = 1.96 * math.sqrt(value * (1 - value) / n + z2 / (4 * n * n))
     return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
-
-
-def density_error(real, fake, k=5, block=2048):
-    """Standard error of density over the draw of the fake rows."""
-    _, _, balls, _ = _memberships(real, fake, 0, k, block)
-    return float((balls.double() / k).std() / len(fake) ** 0.5)
 
 
 # ---------------------------------------------------------- feature networks
@@ -734,8 +841,8 @@ def generate(model, diffusion, vae, labels, accelerator, seed=0, batch_size=256,
 
 def evaluate_model(
     model, diffusion, vae, reference, network, num_samples, accelerator, metrics=None, seed=0,
-    batch_size=256, label_mode="random", intervals=None, block=2048, save_images=None,
-    save_npz=None, progress=False, **sampling,
+    batch_size=256, label_mode="random", intervals=None, save_images=None, save_npz=None,
+    progress=False, **sampling,
 ):
     """Generate num_samples images and compare them with a reference: a dict of metrics, settings.
 
@@ -768,11 +875,11 @@ def evaluate_model(
     samples = extract_features("samples", num_samples, batches, network, accelerator, wanted)
     if save_npz:
         file.write(arr_1=labels.numpy())
-    return compare(reference, samples, network, metrics, intervals, block) | settings
+    return compare(reference, samples, network, metrics, intervals) | settings
 
 
 def evaluate_images(source, reference, network, accelerator, metrics=None, batch_size=256,
-                    num_workers=0, intervals=None, block=2048, progress=False):
+                    num_workers=0, intervals=None, progress=False):
     """Compare images that exist, ImageData or NpzImages, with a reference: as evaluate_model."""
     check_size(reference, image_size(source))
     metrics = choose_metrics(metrics, network, reference, len(source))
@@ -781,16 +888,16 @@ def evaluate_images(source, reference, network, accelerator, metrics=None, batch
     samples = image_features(source, wanted, network, accelerator, batch_size, num_workers,
                              progress=progress)
     say_turned(samples)
-    result = compare(reference, samples, network, metrics, intervals, block)
+    result = compare(reference, samples, network, metrics, intervals)
     return result | dict(samples=source.name)
 
 
-def compare(reference, samples, network, metrics, intervals=False, block=2048):
+def compare(reference, samples, network, metrics, intervals=False):
     """The metrics of two Features, a flat dict with their settings; *_low, *_high: 95 % intervals.
 
     Intervals are over the draw of the samples with the reference fixed, for recall and coverage
-    the reverse; they do not contain the bias that few samples give FID. block: rows of a block of
-    distances. `warnings`: what makes the metrics incomparable with the literature's, in words.
+    the reverse; they do not contain the bias that few samples give FID. `warnings`: what makes the
+    metrics incomparable with the literature's, in words.
     """
     result = {}
 
@@ -811,15 +918,18 @@ def compare(reference, samples, network, metrics, intervals=False, block=2048):
         result |= with_interval("inception_score", score, error)
         result |= dict(inception_score_std=std, is_split_size=5000)
 
-    # Shares of one set in the neighbourhoods of the other: each is a proportion of its images.
+    # Shares of one set in the neighbourhoods of the other, from one pass over all pairs: each is a
+    # proportion of its images.
+    ks = [k for name, k in (("pr", 3), ("dc", 5)) if name in metrics]
+    near = find_neighbours(reference.rows, samples.rows, ks) if ks else {}
     if "pr" in metrics:
-        precision, recall = precision_recall(reference.rows, samples.rows, 3, block)
+        precision, recall = precision_recall(reference.rows, samples.rows, 3, near)
         result |= with_wilson("precision", precision, samples.count, intervals)
         result |= with_wilson("recall", recall, reference.count, intervals)
         result |= dict(pr_k=3)
     if "dc" in metrics:
-        density, coverage = density_coverage(reference.rows, samples.rows, 5, block)
-        error = density_error(reference.rows, samples.rows, 5, block) if intervals else None
+        density, coverage = density_coverage(reference.rows, samples.rows, 5, near)
+        error = density_error(near[5], 5) if intervals else None
         result |= with_interval("density", density, error)
         result |= with_wilson("coverage", coverage, reference.count, intervals)
         result |= dict(dc_k=5)
@@ -850,7 +960,7 @@ def with_wilson(name, value, trials, intervals):
     """{name: value} and, if so asked, the ends of the 95 % interval of a proportion of trials."""
     if not intervals:
         return {name: value}
-    low, high = _wilson(value, trials)
+    low, high = wilson_interval(value, trials)
     return {name: value, f"{name}_low": max(0.0, low), f"{name}_high": high}
 
 
@@ -1778,7 +1888,7 @@ def main(args):
     check_args(args)
     network = load_features(args.features, accelerator.device, args.resize or "adm")
     reference = open_reference(args, network, samples, first)
-    asked = split_names(args.metrics) if args.metrics else None
+    asked = [name.strip() for name in args.metrics.split(",")] if args.metrics else None
     count = len(samples) if samples else args.num_fid_samples if ckpts else None
     metrics = choose_metrics(asked, network, reference, count)
 
@@ -1789,7 +1899,7 @@ def main(args):
         cache=args.reference_cache, **common)
 
     # 5. Features of the samples, and their comparison with the reference's.
-    common |= dict(intervals=args.intervals, block=args.distance_block)
+    common |= dict(intervals=args.intervals)
     runs = []
     if samples:
         runs.append(evaluate_images(
@@ -1847,8 +1957,6 @@ METRIC_FLAGS = [
     Flag("--num-workers", "processes that load images", 0, bounds=(0, math.inf), type=int),
     Flag("--reference-cache", "keep the reference's features in ~/.cache/dit/references, at most "
          f"{CACHE_BYTES / 1e9:.0f} GB in all, and use them again", True),
-    Flag("--distance-block", "rows of a block of distances: bounds the memory of precision, "
-         "recall, density and coverage", 2048, bounds=(1, math.inf), type=int),
 ]
 OUTPUT_FLAGS = [
     Flag("--save-images", "keep the samples as PNG files in this folder; if killed, the same "
@@ -1884,7 +1992,7 @@ READING = ("num_workers", *(flag.dest for flag in DATA_FLAGS))
 USELESS = [  # where this holds, these flags would do nothing; what to do about it
     (lambda args: args.samples, GENERATING,
      "is for generating: leave it out with --samples"),
-    (lambda args: saves_only(args), (*GENERATING, "intervals", "distance_block", "json", "plot"),
+    (lambda args: saves_only(args), (*GENERATING, "intervals", "json", "plot"),
      "is for samples, and --save-ref without --ckpt or --samples has none: leave it out"),
     (lambda args: len(args.ckpt or ()) < 2, ("plot",),
      "draws metrics against training step: give several --ckpt"),
@@ -1892,8 +2000,6 @@ USELESS = [  # where this holds, these flags would do nothing; what to do about 
      "keeps the samples of one model: give one --ckpt"),
     (lambda args: args.features == "efficientnet-lite0", ("resize",),
      "is for Inception: leave it out with efficientnet-lite0"),
-    (lambda args: args.metrics and not {"pr", "dc"} & set(split_names(args.metrics)),
-     ("distance_block",), "is for the metrics pr and dc: leave it out"),
     (lambda args: reads_archives(args), READING,
      "is for folders and data sets: leave it out with .npz files"),
     (lambda args: reads_archives(args) and args.samples, ("image_size",),
@@ -1909,11 +2015,6 @@ def saves_only(args):
 def reads_archives(args):
     """Whether all images that are read, if any, come from .npz files."""
     return args.ref and all(Path(path).is_file() for path in (args.ref, args.samples) if path)
-
-
-def split_names(text):
-    """"fid, is" -> ["fid", "is"]."""
-    return [name.strip() for name in text.split(",")]
 
 
 def check_args(args):
