@@ -54,11 +54,14 @@ from dit import (
     write_json,
 )
 from sample_grid import (
+    COUNT,
+    MODEL_FLAGS,
     SAMPLING_FLAGS,
     Flag,
     ProgressBar,
     add_flags,
     add_sampling_args,
+    check_flags,
     load_model,
     make_accelerator,
     quiet_hub,
@@ -856,8 +859,8 @@ def evaluate_model(
     metrics = choose_metrics(metrics, network, reference, num_samples)
     intervals = num_samples <= INTERVALS_UP_TO if intervals is None else intervals
     settings = sampling | dict(
-        num_sampling_steps=diffusion.num_timesteps, vae=vae.name, label_mode=label_mode, seed=seed,
-        image_size=size)
+        num_sampling_steps=diffusion.num_timesteps, objective=diffusion.objective, vae=vae.name,
+        label_mode=label_mode, seed=seed, image_size=size)
 
     # Noise -> images -> features, one batch at a time; kept on the way if so asked.
     labels = sample_labels(model.num_classes, num_samples, label_mode, seed)
@@ -1929,16 +1932,13 @@ SCORED_FLAGS = [
          shown="DiT-XL/2-{image size}, unless there are --samples", nargs="+"),
     Flag("--samples", "score these images instead: a folder, an .npz, or a data set",
          shown="generate them"),
-    Flag("--num-fid-samples", "images to generate", 50000, bounds=(1, math.inf), type=int),
+    Flag("--num-fid-samples", "images to generate", 50000, bounds=COUNT, type=int),
     Flag("--label-mode", "the samples' classes: drawn, or in turn", "random",
          choices=("random", "balanced")),
     Flag("--seed", "image i is drawn from seed + i", 0, bounds=(0, math.inf), type=int),
-    Flag("--model", "check that the weights are of this model", shown="whatever they are"),
-    Flag("--num-classes", "check the number of classes", shown="the weights' own", type=int),
+    *MODEL_FLAGS,
     Flag("--image-size", "with --samples: crop the images to it; else check the weights' size",
-         shown="the samples' size; folders as they are", bounds=(1, math.inf), type=int),
-    Flag("--vae", "ema, mse, a hub id, a diffusers folder, or none for pixels",
-         shown="what the model was trained with, else mse"),
+         shown="the samples' size; folders as they are", bounds=COUNT, type=int),
 ]
 METRIC_FLAGS = [
     Flag("--ref", "reference: an ADM .npz, a folder, or a data set",
@@ -1952,7 +1952,7 @@ METRIC_FLAGS = [
          "number of images allow"),
     Flag("--intervals", "95 % intervals", shown=f"up to {INTERVALS_UP_TO} samples",
          action=argparse.BooleanOptionalAction),
-    Flag("--per-proc-batch-size", "images at once on each process", 256, bounds=(1, math.inf),
+    Flag("--per-proc-batch-size", "images at once on each process", 256, bounds=COUNT,
          type=int),
     Flag("--num-workers", "processes that load images", 0, bounds=(0, math.inf), type=int),
     Flag("--reference-cache", "keep the reference's features in ~/.cache/dit/references, at most "
@@ -1986,8 +1986,8 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-GENERATING = ("ckpt", "num_fid_samples", "label_mode", "seed", "model", "num_classes", "vae",
-              "save_images", "save_npz", *(flag.dest for flag in SAMPLING_FLAGS))
+GENERATING = ("ckpt", "num_fid_samples", "label_mode", "seed", "save_images", "save_npz",
+              *(flag.dest for flag in MODEL_FLAGS + SAMPLING_FLAGS))
 READING = ("num_workers", *(flag.dest for flag in DATA_FLAGS))
 USELESS = [  # where this holds, these flags would do nothing; what to do about it
     (lambda args: args.samples, GENERATING,
@@ -2023,9 +2023,7 @@ def check_args(args):
         raise InputError("give --ref, the images or statistics to compare with")
     if args.features:
         check_features(args.features)
-    for flag in SCORED_FLAGS + METRIC_FLAGS:
-        if "type" in flag.options:
-            flag.check(args)
+    check_flags(args, SCORED_FLAGS + METRIC_FLAGS + SAMPLING_FLAGS)
 
     # Whether a flag was given shows in its difference from the default.
     defaults = parse_args([])
