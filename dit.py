@@ -980,11 +980,15 @@ class RankLocalError(InputError):
         super().__init__(re.sub(worker_traceback, "", str(message).strip()))
 
 
+def is_rank_0():
+    """Whether this process is the first of several, or alone."""
+    # A RANK that some other program left in the environment means nothing to a lone process.
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 def log_stderr(text, everywhere=False):
     """Print one line on stderr, on rank 0 or, if only this rank may know, everywhere."""
-    # A RANK that some other program left in the environment means nothing to a lone process.
-    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
-    if everywhere or rank == "0":
+    if everywhere or is_rank_0():
         print(" ".join(text.split()), file=sys.stderr)
 
 

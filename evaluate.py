@@ -32,7 +32,6 @@ import zipfile
 import zlib
 from collections import Counter, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +46,7 @@ from dit import (
     InputError,
     RankLocalError,
     fingerprint,
+    is_rank_0,
     log_stderr,
     read_json,
     run_command,
@@ -69,7 +69,10 @@ from sample_grid import (
     sampling_settings,
 )
 
-PAIRS = 2**24  # distances between rows that are held at a time
+PAIRS = 8_000_000  # distances between rows that are held at a time
+
+
+# ---------------------------------------------------------- metrics
 
 
 @contextlib.contextmanager
@@ -86,32 +89,31 @@ def full_float32():
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
 
 
-# ---------------------------------------------------------- metrics: features in, numbers out
-
-
 def _rows(least=2, **sets):
     """Named feature sets of any dtype, numpy or torch, as tensors (N, D) of one width.
 
     InputError unless they are that, finite, and of at least `least` rows.
     """
-    sets = {name: _tensor(name, x) for name, x in sets.items()}
+    sets = {name: _tensor(x) for name, x in sets.items()}
     shapes = [tuple(x.shape) for x in sets.values()]
     for name, x in sets.items():
         if x.ndim != 2 or x.shape[1] != shapes[0][1]:
             raise InputError(f"features must be (N, D) with one D, but the shapes are {shapes}")
         if len(x) < least:
-            raise InputError(f"{name}: a set of {len(x)} images is too small, "
-                             f"this metric needs at least {least}")
+            raise InputError(f"{name}: {len(x)} images are too few, this metric needs {least}")
+        _check_finite(name, x)
     return list(sets.values())
 
 
-def _tensor(name, x):
-    """x as a tensor, numpy or torch. InputError if a number in it is not finite."""
-    x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x))
-    if not x.isfinite().all():
+def _tensor(x):
+    return x if torch.is_tensor(x) else torch.from_numpy(np.array(x))
+
+
+def _check_finite(name, x):
+    # One pass, without a copy: what is not finite is an extreme, and NaN is both.
+    if not all(extreme.isfinite() for extreme in x.aminmax()):
         where = tuple((~x.isfinite()).nonzero()[0].tolist())
-        raise InputError(f"{name} has a number that is not finite: {float(x[where])} at {where}")
-    return x
+        raise InputError(f"{name}{list(where)} is {float(x[where])}: not a finite number")
 
 
 # ---------------------------------------------------------------------- statistics of a set
@@ -163,7 +165,7 @@ class Statistics:
         """(mean, covariance). InputError for fewer than two rows, or numbers not finite."""
         if self.count < 2:
             raise InputError(f"a covariance needs at least two images, not {self.count}")
-        _tensor("the mean of the features", self.mean)
+        _check_finite("the features' mean", self.mean)
         upper = self.scatter.triu() / (self.count - 1)
         return self.mean, upper + upper.triu(1).T
 
@@ -207,11 +209,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     sum of the singular values of F^T G: also for singular covariances, where an iterated matrix
     square root fails. InputError when the widths differ or a number is not finite.
     """
-    named = dict(mu1=mu1, sigma1=sigma1, mu2=mu2, sigma2=sigma2)
-    mu1, sigma1, mu2, sigma2 = (_tensor(name, x).double() for name, x in named.items())
-    if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[1:]:
-        shapes = [tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]
-        raise InputError(f"statistics of different widths: {shapes}")
+    mu1, sigma1, mu2, sigma2 = (_tensor(x).double() for x in (mu1, sigma1, mu2, sigma2))
+    for name, x in dict(mu1=mu1, sigma1=sigma1, mu2=mu2, sigma2=sigma2).items():
+        if x.shape != mu1.shape[:1] * x.ndim or x.ndim != 1 + name.startswith("sigma"):
+            shapes = [tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]
+            raise InputError(f"statistics must be (D,) and (D, D) with one D, not {shapes}")
+        _check_finite(name, x)
     # Factor a singular covariance rather than a regular one: F has then no columns of zeros,
     # whose singular values would be rounding noise.
     factor, other = _factor(sigma1), sigma2
@@ -312,125 +315,113 @@ def _distinct_pairs(x):
 # ---------------------------------------------------------------------- nearest neighbours
 
 
-class Neighbours(NamedTuple):
-    """Who lies in whose k-nearest-neighbour ball, for one k, decided as in exact arithmetic.
+class Neighbours:
+    """Which rows of two sets lie in which k-nearest-neighbour balls, for one k.
 
-    A row's ball reaches to its k-th nearest other row of its own set: closed with that distance,
-    open without.
+    The ball of a row reaches to its k-th nearest other row of its own set.
     """
 
-    fake_in_real: torch.Tensor  # (F,) bool: in a closed ball of some real row
-    real_in_fake: torch.Tensor  # (R,) bool: in a closed ball of some fake row
-    balls: torch.Tensor  # (F,) int: open balls of real rows that hold this fake row
-    covered: torch.Tensor  # (R,) bool: this real row's open ball holds some fake row
+    def __init__(self, real, fake):
+        none = torch.zeros(max(len(real), len(fake)), dtype=torch.long, device=real.device)
+        self.fake_in_real = none[: len(fake)].bool()  # in the closed ball of some real row
+        self.real_in_fake = none[: len(real)].bool()  # in the closed ball of some fake row
+        self.balls = none[: len(fake)].clone()  # real rows whose open balls hold this fake row
+        self.covered = none[: len(real)].bool()  # its open ball holds some fake row
 
 
 @full_float32()
 def find_neighbours(real, fake, ks):
-    """{k: Neighbours} of features (R, D) and (F, D) for some k, from one pass over all pairs.
+    """{k: Neighbours} for each of ks, from one pass over all pairs of features (R, D), (F, D).
 
-    InputError for k >= N, different widths or features that are not finite.
+    Decisions are those of exact arithmetic. InputError for k >= N, different widths or features
+    that are not finite.
     """
     real, fake = _rows(least=1 + max(ks), real=real, fake=fake)
+    # A power of two as factor costs no digits, and no square leaves float32's range below.
+    largest = max(abs(float(extreme)) for extreme in (*real.aminmax(), *fake.aminmax()))
+    scale = 2.0 ** -math.frexp(largest)[1]
+    real, fake = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale for x in (real, fake))
     near_real, near_fake = _nearest(real, max(ks)), _nearest(fake, max(ks))
-    found = {k: Neighbours(*(torch.zeros(n, dtype=dtype, device=real.device) for n, dtype in (
-        (len(fake), torch.bool), (len(real), torch.bool),
-        (len(fake), torch.long), (len(real), torch.bool)))) for k in ks}
-    pairs = _Pairs(real, fake)
-    # Pairs that may be in the largest of either's balls; the float32 limits are rounded up.
-    reach = [(near[:, -1] * pairs.unit).float() * (1 + 2**-22) for near in (near_real, near_fake)]
-    for start, lower in pairs.strips():
-        limit = torch.maximum(reach[0][start : start + len(lower), None], reach[1])
-        candidates = (lower <= limit).nonzero()
-        for r, f in (part.unbind(1) for part in candidates.split(2**20)):
-            low, r = lower[r, f].double(), r + start
-            high = low + pairs.slack(r, f)
-            low, high = low / pairs.unit, high / pairs.unit
-            # A bound decides like the distance itself, unless a radius is within the bounds.
-            distance = low
-            radii = torch.cat([near_real[r], near_fake[f]], 1)
-            doubt = ((low[:, None] <= radii) & (radii <= high[:, None])).any(1)
-            distance[doubt] = _squared_distances(real, r[doubt], fake, f[doubt])
-            for k, (fake_in_real, real_in_fake, balls, covered) in found.items():
-                fake_in_real[f[distance <= near_real[r, k - 1]]] = True
-                real_in_fake[r[distance <= near_fake[f, k - 1]]] = True
-                inside = distance < near_real[r, k - 1]
-                balls += f[inside].bincount(minlength=len(fake))
-                covered[r[inside]] = True
+    found = {k: Neighbours(real, fake) for k in ks}
+    for i, lower, upper in _bounds(real, fake):
+        pairs = lower, upper, real[i], fake
+        for k, rows in found.items():
+            of_real, of_fake = near_real[i, k - 1, None], near_fake[:, k - 1]  # (I, 1), (F,)
+            rows.fake_in_real |= _compare(torch.le, of_real, *pairs).any(0)
+            rows.real_in_fake[i] = _compare(torch.le, of_fake, *pairs).any(1)
+            inside = _compare(torch.lt, of_real, *pairs)
+            rows.balls += inside.sum(0)
+            rows.covered[i] = inside.any(1)
     return found
+
+
+def _compare(operation, radius, lower, upper, a, b):
+    """Compares the squared distances of rows of a and b with radius: (I, N) bool, exact.
+
+    The bounds decide, unless the radius lies within them.
+    """
+    limit = radius.float()
+    near = lower <= limit
+    i, j = (near & (limit <= upper)).nonzero(as_tuple=True)
+    near[i, j] = operation(_squared_distances(a, i, b, j), radius.expand(near.shape)[i, j])
+    return near
 
 
 def _nearest(x, k):
     """Squared distances (N, k) of each row to its k nearest other rows, sorted and exact."""
-    pairs = _Pairs(x, x)
     nearest = torch.empty(len(x), k, dtype=torch.float64, device=x.device)
-    for start, lower in pairs.strips():
-        rows = torch.arange(len(lower), device=x.device)
-        count = k + 4
-        # Exact distances to the rows with the least bounds, until no other can be nearer: for
-        # rows of which four more than needed are too few, twice as many each time.
+    for i, lower, _ in _bounds(x, x):
+        # Compute the distances with the least lower bounds, of them twice as many each time, for
+        # the rows where another might still be less than the k-th; the first is a row to itself.
+        rows, count = torch.arange(len(i), device=x.device), k + 2
         while len(rows):
             bounds, columns = lower[rows].topk(min(count, len(x)), largest=False)
-            index = (rows + start)[:, None].expand_as(columns).flatten()
-            distances = _squared_distances(x, index, x, columns.flatten()).view(columns.shape)
-            nearest[rows + start] = distances.sort(1).values[:, 1 : k + 1]  # the first is itself
-            more = bounds[:, -1] < nearest[rows + start, -1] * pairs.unit
-            rows = rows[more & (count < len(x))]
-            count *= 2
+            distances = _squared_distances(x, i[rows, None], x, columns).sort(1).values
+            nearest[i[rows]] = distances[:, 1 : k + 1]
+            rows = rows[(bounds[:, -1] < distances[:, k]) & (count < len(x))]
+            count = 2 * count
     return nearest
 
 
 def _squared_distances(a, i, b, j):
-    """Squared distances (P,) of the rows a[i] and b[j] in float64, from differences.
+    """Squared distances of rows a[i] to rows b[j], float64, from differences; i, j broadcast.
 
-    Columns are added in an order that depends on D alone: a pair gives one value bit for bit
+    Columns are added in an order that depends on D alone: one pair gives one value bit for bit
     wherever it occurs, so that <= and < know a tie.
     """
-    found = []
-    for rows, others in zip(i.split(256), j.split(256), strict=True):
-        squares = a[rows].double().sub_(b[others]).square_()
+    i, j = torch.broadcast_tensors(i, j)
+    distances = torch.empty(i.shape, dtype=torch.float64, device=a.device)
+    parts = (t.flatten().split(256) for t in (i, j))
+    for part, rows, columns in zip(distances.view(-1).split(256), *parts, strict=True):
+        squares = a[rows].double().sub_(b[columns]).square_()
         while (width := squares.shape[1]) > 1:
             squares[:, : width // 2] += squares[:, (width + 1) // 2 :]
             squares = squares[:, : (width + 1) // 2]
-        found.append(squares[:, 0])
-    return torch.cat(found)
+        part.copy_(squares[:, 0])
+    return distances
 
 
-class _Pairs:
-    """Bounds of the squared distances of all rows of a to all rows of b, times `unit`.
+def _bounds(a, b):
+    """Yields some rows i of a, lower and upper bounds (I, N) of the squared distances to all of b.
 
-    The rows are moved by a median and scaled by a power of two, so that offsets, outliers and
-    scale cost no digits, and rounded to float32. |u|^2 + |v|^2 - 2 u.v in float32 is then off by
-    at most e(u) + e(v), e(u) = (D + 32) 2^-24 |u|^2, whatever the order of summation (Higham,
-    Accuracy and Stability, section 3.1; 32 for the other roundings), and what may underflow.
+    Rows are moved by a median, so that offsets and outliers cost no digits, and rounded to
+    float32: u and v. Then |u|^2 + |v|^2 - 2 u.v is off by at most e(u) + e(v), e(u) =
+    (1.01 D + 16) 2^-24 |u|^2, in any order of summation (Higham, Accuracy and Stability, section
+    3.1; 16 for all roundings but those in u.v), and what may underflow.
     """
+    centre = a[:: len(a) // 1000 + 1].median(0).values
 
-    def __init__(self, a, b):
-        self.centre = a[:: len(a) // 1000 + 1].median(0).values.double()
-        extremes = torch.stack([*a.aminmax(dim=0), *b.aminmax(dim=0)])
-        self.scale = 2.0 ** -math.frexp(float((extremes.double() - self.centre).abs().max()))[1]
-        self.unit = self.scale**2
-        self.a = self._rounded(a)
-        self.b = self.a if b is a else self._rounded(b)
+    def rounded(x):
+        rows = (x - centre).float()
+        norms = torch.cat([part.double().square_().sum(1) for part in rows.split(1024)])
+        error = (1.01 * len(centre) + 16) * 2.0**-24 * norms + len(centre) * 1e-37 * (norms > 0)
+        return rows, (norms - error).float(), (2 * error).float()
 
-    def _rounded(self, x):
-        """Rows in float32, |u|^2 - e(u), and 2 e(u)."""
-        rows = [((part.double() - self.centre) * self.scale).float() for part in x.split(1024)]
-        norms = torch.cat([part.double().square().sum(1) for part in rows])
-        error = (x.shape[1] + 32) * 2.0**-24 * norms + (norms > 0) * x.shape[1] * 1e-37
-        return torch.cat(rows), (norms - error).float(), 2 * error
-
-    def strips(self):
-        """Yields (i, lower bounds (n, N) of the distances of rows i to i + n of a to all of b)."""
-        (a, low_a, _), (b, low_b, _) = self.a, self.b
-        size = max(1, PAIRS // len(b))
-        for i in range(0, len(a), size):
-            lower = torch.addmm(low_b, a[i : i + size], b.T, alpha=-2)
-            yield i, lower.add_(low_a[i : i + size, None]).clamp_(min=0)
-
-    def slack(self, i, j):
-        """How far above their lower bounds the distances of rows i of a and j of b may be."""
-        return self.a[2][i] + self.b[2][j]
+    u, low_u, slack_u = rounded(a)
+    v, low_v, slack_v = (u, low_u, slack_u) if b is a else rounded(b)
+    for i in torch.arange(len(a), device=a.device).split(max(1, PAIRS // len(b))):
+        lower = torch.addmm(low_v, u[i], v.T, alpha=-2).add_(low_u[i, None]).clamp_(min=0)
+        yield i, lower, (lower + slack_v).add_(slack_u[i, None])
 
 
 def precision_recall(real, fake, k=3, neighbours=None):
@@ -1064,55 +1055,51 @@ def center_crop_arr(pil_image, image_size):
 def decode_image(image, name, upright=True):
     """A PIL RGB image of {"path", "bytes"} (bytes may be None) or of a PIL image.
 
-    upright: turn it as its EXIF orientation says and scale 16 bits to 8. Else the pixels are those of
-    PIL's convert("RGB"), which ADM, clean-fid and torch-fidelity read. Transparency is dropped in
-    both. Raises BrokenImage, with the name, for what PIL cannot read whole.
+    upright: turn it as its EXIF orientation says, which info["turned"] tells, and scale 16 bits to
+    8. Else the pixels are those of PIL's convert("RGB"), which ADM, clean-fid and torch-fidelity
+    read. Both drop transparency. Raises BrokenImage, with the name, for what PIL cannot read whole.
     """
-    return _decode(image, name, upright)[0]
-
-
-def _decode(image, name, upright):
-    """decode_image's image, and whether its EXIF orientation turned it."""
+    turn = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # bombs are refused below, odd tags do not matter
+            warnings.simplefilter("ignore")  # bombs are refused below, and odd tags do not matter
             if isinstance(image, dict):
-                image = Image.open(
-                    image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
-                )
+                content = image["bytes"]
+                image = Image.open(image["path"] if content is None else io.BytesIO(content))
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise ValueError(f"{image.width} x {image.height} pixels are more than a photo has")
+                raise ValueError(f"{image.width} x {image.height} pixels are too many for a photo")
             image.load()
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers of unknown range")
-            if not upright:
-                return image.convert("RGB"), False
-            turn = _orientation(image)
-            image = image if turn is None else image.transpose(turn)
-            if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") would clip
+            if upright:
+                turn = _orientation(image)
+                image = image if turn is None else image.transpose(turn)
+            if upright and image.mode.startswith("I"):  # 16-bit gray, which convert would clip
                 values = (np.asarray(image).astype(np.int64) + 128) // 257
                 image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-            return image.convert("RGB"), turn is not None
+            image = image.convert("RGB")
     except Exception as error:  # PIL raises a dozen kinds
         reason = " ".join(str(error).split())
         raise BrokenImage(f"cannot read image {_printable(name)}: {reason}") from error
+    image.info["turned"] = turn is not None
+    return image
 
 
 def _orientation(image):
-    """PIL's name of the turn that the EXIF orientation asks for; None for no turn."""
+    """PIL's number of the turn that the EXIF orientation asks for; None for no turn."""
     try:
-        number = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # broken EXIF around whole pixels: the picture is used as it is
         return None
     turns = Image.Transpose
     return {
         2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
         6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90,
-    }.get(number)
+    }.get(orientation)
 
 
 def _printable(name):
-    """A file's name as text for messages and files: bytes that are not UTF-8 become \\x.. ."""
+    r"""A file's name for messages and files: bytes that are not UTF-8 are written as \x.. ."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -1120,15 +1107,16 @@ class ImageData(torch.utils.data.Dataset):
     """Images with labels. `data[index]` or `data[index, mirror]` -> (uint8 (3, S, S), label).
 
     name: for folders and files. labels: array of int. class_names: list of str, None for data
-    without labels, which are all of class 0; num_classes: 1 then (train those without label dropout).
-    channels: 1 if all images are known to be gray. image_size S: ADM's crop; None leaves the images
-    as they are. upright: see decode_image. split: the part of the data set that this is. turned: how
-    many images EXIF turned, counted by image_batches. Images are decoded when asked for and not
-    before; that raises BrokenImage, naming the image.
+    without labels, which are all of class 0; num_classes: 1 then (train those without label
+    dropout). channels: 1 if all images are known to be gray. image_size S: ADM's crop; None leaves
+    the images as they are. upright: see decode_image; turned: how many images were, counted by
+    image_batches. split: the part of the data set that this is. Images are decoded when they are
+    asked for and not before; that raises BrokenImage, naming the image.
     """
 
-    def __init__(self, name, images, labels, class_names, image_size, channels=3, upright=True,
-                 split="train"):
+    def __init__(
+        self, name, images, labels, class_names, image_size, channels=3, upright=True, split="train"
+    ):
         self.name, self.split, self.class_names = name, split, class_names
         self.images, self.labels, self.rows = images, np.asarray(labels), np.arange(len(labels))
         self.image_size, self.channels, self.upright = image_size, channels, upright
@@ -1149,15 +1137,15 @@ class ImageData(torch.utils.data.Dataset):
         return self.read(key)[:2]
 
     def read(self, key):
-        """(uint8 (3, S, S), label, whether EXIF turned it) of an index or (index, mirror)."""
+        """(uint8 (3, S, S), label, whether it was turned) of an index or (index, mirror)."""
         index, mirror = key if isinstance(key, tuple) else (key, False)
         item = self.images[int(self.rows[index])]
         path = isinstance(item, dict) and item["path"]
-        image, turned = _decode(item, path or f"{index} of {self.name}", self.upright)
+        image = decode_image(item, path or f"{index} of {self.name}", self.upright)
         array = center_crop_arr(image, self.image_size) if self.image_size else np.asarray(image)
         array = array[:, ::-1] if mirror else array
-        image = torch.from_numpy(array.transpose(2, 0, 1).copy())  # (3, S, S)
-        return image, int(self.labels[index]), turned
+        pixels = torch.from_numpy(array.transpose(2, 0, 1).copy())  # (3, S, S)
+        return pixels, int(self.labels[index]), image.info["turned"]
 
     def select(self, rows):
         """The same data with these rows alone, in this order."""
@@ -1172,15 +1160,16 @@ class ImageData(torch.utils.data.Dataset):
         return self.select(np.setdiff1d(np.arange(len(self)), np.array(rows, dtype=np.int64)))
 
     def identity(self):
-        """A fingerprint of the content: names, sizes, labels, class names and a sample of bytes.
+        """A fingerprint of the content: file names, labels, class names, and sizes and first bytes.
 
-        The path's spelling, crop and orientation are not part of it. Costs less than a second.
+        The latter are of up to 1,000 images, evenly spread, so that it costs about a second.
+        Neither the path's spelling nor crop and orientation are part of it.
         """
-        spread = np.linspace(0, len(self) - 1, min(len(self), 64)).astype(int)
+        spread = np.linspace(0, len(self) - 1, min(len(self), 1000)).astype(int)
         sample = [_beginning(self.images[int(row)]) for row in self.rows[spread]]
-        files = self.images.identity(self.rows) if isinstance(self.images, _Files) else []
-        labels = torch.from_numpy(self.labels.astype(np.int64))
-        return fingerprint(len(self), labels, self.class_names, torch.from_numpy(self.rows), files, sample)
+        names = self.images.names if isinstance(self.images, _Files) else b""
+        arrays = [torch.from_numpy(array.astype(np.int64)) for array in (self.rows, self.labels)]
+        return fingerprint(*arrays, self.class_names, names, sample)
 
 
 def _beginning(item):
@@ -1189,32 +1178,33 @@ def _beginning(item):
         try:
             with open(item["path"], "rb") as file:
                 return os.fstat(file.fileno()).st_size, file.read(4096)
-        except OSError:  # reading it will name it
+        except OSError:  # reading the image will name it
             return -1, b""
     content = item["bytes"] if isinstance(item, dict) else item.tobytes()
     return len(content), content[:4096]
 
 
-# ------------------------------------------------------------------------------------------ what a path is
+# ---------------------------------------------------------------------------------- what a path is
 
 DATA_FLAGS = [
     Flag("--image-column", "column of the images in a data set", shown="the only one of images"),
     Flag("--label-column", "column of the labels in a data set or in a folder's metadata file",
          shown="the only one of class labels, or label"),
     Flag("--split", "part of the data set", shown="train, or the only one"),
-    Flag("--upright", "turn images as their EXIF orientation says; --no-upright reads the pixels that "
-         "ADM, clean-fid and torch-fidelity read", True),
+    Flag("--upright", "turn images as their EXIF orientation says; --no-upright reads the pixels "
+         "that ADM, clean-fid and torch-fidelity read", True),
 ]
 SPLITS = dict(  # the words by which `datasets` knows them
-    train=("train", "training"), validation=("validation", "valid", "val", "dev"),
+    train=("train", "training"),
+    validation=("validation", "valid", "val", "dev"),
     test=("test", "testing", "eval", "evaluation"),
 )
-SYSTEM = {  # folders that systems and programs leave beside data, as hidden ones
+SYSTEM = {  # folders that systems leave beside data; hidden ones are aside too
     "__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "#snapshot", "lost+found",
     "$RECYCLE.BIN", "System Volume Information",
 }
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-# Files that `datasets` reads. Of several kinds the first counts: img2dataset writes lists beside tars.
+# Files that `datasets` reads. The first kind counts: img2dataset writes lists beside its tars.
 BUNDLES = (".tar", ".parquet", ".arrow", ".zip", ".lance", ".h5", ".hdf5")
 LISTS = (".jsonl", ".json", ".csv", ".tsv")
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp")  # the last three are webdataset's and img2dataset's
@@ -1227,27 +1217,39 @@ def add_data_args(parser):
     add_flags(parser, "data", DATA_FLAGS)
 
 
-def load_data(path, image_size=None, image_column=None, label_column=None, split=None, upright=True):
-    """What --data-path names, as ImageData cropped to image_size; one line on stderr says what it is.
+def load_data(
+    path, image_size=None, image_column=None, label_column=None, split=None, upright=True
+):
+    """What --data-path names, as ImageData; one line says what was understood.
 
     path: "digits"; a folder of images (see load_folder); a folder or file of what `datasets` reads
-    (Parquet, Arrow, webdataset's tars, what save_to_disk wrote ...); or a hub id. image_size: default
-    8 for digits, folders of images as they are, else 256. split: default train, or the only one.
-    Raises InputError when there are no images, when columns, splits or labels are unclear, or when
-    the hub cannot be reached.
+    (Parquet, Arrow, webdataset's tars, what save_to_disk wrote ...); or a hub id. image_size: of
+    the crop; default 8 for digits, none for folders of images, else 256. split: default train, or
+    the only one. Raises InputError when there are no images, when columns, splits or labels are
+    unclear, or when the hub cannot be reached.
     """
-    path = os.fspath(path)
+    path, columns = os.fspath(path), image_column or label_column
     if path == "digits":
         if os.path.exists(path):
-            raise InputError("digits is scikit-learn's data set and a folder here: give ./digits for "
-                             "the folder, or rename that for the data set")
-        return _load_digits(image_size, image_column or label_column, split, upright)
-    tree = None if _is_saved(path) or not os.path.isdir(path) else _Folder(path)
-    if tree and not tree.bundles():
-        if image_column:
-            raise InputError(f"--image-column {image_column}: {path} is a folder of images")
-        return load_folder(path, image_size, split, label_column, upright, tree)
-    return _load_table(path, tree, image_size or 256, image_column, label_column, split, upright)
+            raise InputError("digits is scikit-learn's data set and also a folder here: give "
+                             "./digits for the folder, or rename it to get the data set")
+        if columns:
+            raise InputError(f"digits has no column {columns}: leave the column flags out")
+        from sklearn.datasets import load_digits
+
+        split, digits = choose_split(["train"], split, path), load_digits()
+        images = [Image.fromarray(np.round(x * (255 / 16)).astype(np.uint8)) for x in digits.images]
+        names = [str(digit) for digit in range(10)]
+        data = ImageData(path, images, digits.target, names, image_size or 8, 1, upright, split)
+        return _announce(data)
+
+    folder = _Folder(path) if os.path.isdir(path) and not _is_saved(path) else None
+    if folder is None or folder.bundles():
+        options = image_column, label_column, split, upright
+        return _load_table(path, folder, image_size or 256, *options)
+    if image_column:
+        raise InputError(f"--image-column {image_column}: {_printable(path)} is a folder of images")
+    return load_folder(path, image_size, split, label_column, upright, folder)
 
 
 def choose_split(existing, asked, path):
@@ -1261,611 +1263,34 @@ def choose_split(existing, asked, path):
     if not found and asked is None:
         found = existing
     if len(found) != 1:
-        raise InputError(f"--split {asked or 'is not given'}: choose one of those of {path}, which are "
-                         f"{', '.join(map(_printable, existing))}")
+        names = ", ".join(map(_printable, existing))
+        asked = asked or "is not given"
+        raise InputError(f"--split {asked}: {_printable(path)} has {names}, choose one of these")
     return found[0]
 
 
 def _meaning(name):
-    """train, validation or test for their synonyms in any capitals, also with a number; else name."""
+    """train, validation or test for their synonyms, in any capitals or with a number; else name."""
     word = re.sub(r"[-._ ]?\d*$", "", name.lower())
     return next((split for split, words in SPLITS.items() if word in words), name)
 
 
 def _announce(data, splits=(), notes=()):
-    """Say in one line what was understood; returns the data."""
+    """Say in one line on stdout what was understood; returns the data."""
     names, count = data.class_names or [], data.num_classes
     shown = ", ".join(names if count <= 5 else [*names[:3], "...", names[-1]])
     parts = [f"{count} class{'es' * (count > 1)}: {shown}" if names else "no classes"]
     parts.append(f"{len(data)} image{'s' * (len(data) > 1)}")
     if len(splits) > 1:
         parts.insert(0, f"split {_printable(data.split)} of {', '.join(map(_printable, splits))}")
-    log_stderr(f"data {data.name}: {'; '.join([*parts, *notes])}")
+    if is_rank_0():
+        print(f"data {data.name}: {'; '.join([*parts, *notes])}", flush=True)
     return data
 
 
-def _load_digits(image_size, column, split, upright):
-    """scikit-learn's 1,797 handwritten digits."""
-    from sklearn.datasets import load_digits
-
-    if column:
-        raise InputError(f"digits has no column {column}: leave the column flags out")
-    split = choose_split(["train"], split, "digits")
-    digits = load_digits()
-    images = [Image.fromarray(np.round(x * (255 / 16)).astype(np.uint8)) for x in digits.images]
-    names = [str(digit) for digit in range(10)]
-    return _announce(ImageData("digits", images, digits.target, names, image_size or 8, 1, upright, split))
-
-
-# ------------------------------------------------------------------------------------------ folders
-
-
-class _Folder:
-    """What lies in a folder, down to its last sub-folder; hidden and system folders are left aside.
-
-    images: names of the image files, sorted and joined by NUL: a million cost no more than their
-    letters; count: of them; total: with those below. folders: name -> _Folder. metadata: names of
-    such files. others: number of other files by suffix. shards: folders that img2dataset wrote.
-    outputs: folders of the program's own runs and samples below, which are left aside too.
-    """
-
-    def __init__(self, path, above=()):
-        self.folders, self.metadata, self.outputs, self.others = {}, [], [], Counter()
-        above, images, folders, files = (*above, os.path.realpath(path)), [], [], set()
-        readable = _readable_suffixes()
-        try:
-            for entry in os.scandir(path):
-                name = entry.name
-                if name[0] == "." or name in SYSTEM:
-                    continue
-                if _is_folder(entry):
-                    folders.append(name)
-                elif name[name.rfind(".") :].lower() in readable:
-                    images.append(name)
-                else:
-                    files.add(name)
-        except OSError as error:
-            raise InputError(f"cannot read the folder {_printable(path)}: {error.strerror}") from error
-        images.sort()
-        self.images, self.count = os.fsencode("\0".join(images)), len(images)
-
-        for name in files:
-            if name in METADATA:
-                self.metadata.append(name)
-            else:
-                self.others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
-        self.shards = {name for name in folders if f"{name}_stats.json" in files}
-        run = "config.json" in files and "checkpoints" in folders
-        self.is_output = run or ("settings.json" in files and _holds_samples(path))
-
-        # A link stands for what it leads to, unless that is a folder which holds it.
-        for name in sorted(folders):
-            below = os.path.join(path, name)
-            if os.path.realpath(below) in above:
-                continue
-            child = _Folder(below, above)
-            if child.is_output:
-                self.outputs.append(name)
-            else:
-                self.folders[name] = child
-                self.outputs += [f"{name}/{output}" for output in child.outputs]
-        self.total = self.count + sum(child.total for child in self.folders.values())
-
-    def walk(self, prefix=""):
-        """(where it lies, folder) of this folder and all below, in torchvision's order."""
-        yield prefix, self
-        for name, folder in self.folders.items():
-            yield from folder.walk(f"{prefix}{name}/")
-
-    def names(self):
-        """The names of all image files, relative to this folder, joined by NUL."""
-        parts = []
-        for prefix, folder in self.walk():
-            prefix = os.fsencode(prefix)
-            if folder.count:
-                parts.append(prefix + folder.images.replace(b"\0", b"\0" + prefix))
-        return b"\0".join(parts)
-
-    def left_out(self):
-        """Number of other files by suffix, with those below."""
-        return sum((folder.others for _, folder in self.walk()), Counter())
-
-    def bundles(self):
-        """The suffix of the files that `datasets` is to read; None if it is a folder of images.
-
-        Images count if they are more than the bundles beside them: archives of what lies there
-        unpacked, or lists of what was downloaded.
-        """
-        others = self.left_out()
-        suffix = next((suffix for suffix in BUNDLES if others[suffix]), None)
-        if suffix and others[suffix] >= self.total:
-            return suffix
-        return None if self.total else next((suffix for suffix in LISTS if others[suffix]), None)
-
-
-@functools.cache
-def _readable_suffixes():
-    """Suffixes of the image formats that this Pillow decodes: neither its stubs nor films nor PostScript."""
-    Image.init()
-    readable = set()
-    for suffix, kind in Image.EXTENSION.items():
-        opener = Image.OPEN.get(kind, [None])[0]
-        stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
-        if opener and not stub and Image.MIME.get(kind, "image/").startswith("image/"):
-            readable.add(suffix)
-    return readable
-
-
-def _is_folder(entry):
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _holds_samples(path):
-    """Whether a folder's settings.json is that of evaluate.py --save-images."""
-    try:
-        text = Path(path, "settings.json").read_text(errors="replace")
-    except OSError:
-        return False
-    return '"num_sampling_steps"' in text
-
-
-class _Files:
-    """File names below root, joined by NUL, as images: forked workers share the one bytes object."""
-
-    def __init__(self, root, names):
-        self.root, self.names = os.fsencode(root), names
-        ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
-        self.ends = np.concatenate([[-1], ends, [len(names)]])
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def name(self, index):
-        return self.names[self.ends[index] + 1 : self.ends[index + 1]]
-
-    def take(self, rows):
-        return _Files(os.fsdecode(self.root), b"\0".join(self.name(row) for row in rows))
-
-    def __getitem__(self, index):
-        return dict(path=os.fsdecode(os.path.join(self.root, self.name(index))), bytes=None)
-
-    def identity(self, rows):
-        """The names, and the sizes of up to 10,000 files, evenly spread over the rows."""
-        spread = np.linspace(0, len(rows) - 1, min(len(rows), 10_000)).astype(int)
-        sizes = []
-        for row in rows[spread]:
-            try:
-                sizes.append(os.stat(os.path.join(self.root, self.name(row))).st_size)
-            except OSError:  # reading it will name it
-                sizes.append(-1)
-        return [fingerprint(self.names), sizes]
-
-
-def is_image_folder(path):
-    """Whether path is a folder of image files, rather than one of what `datasets` reads."""
-    return os.path.isdir(path) and not _is_saved(path) and not _Folder(path).bundles()
-
-
-def load_folder(path, image_size=None, split=None, label_column=None, upright=True, tree=None):
-    """The image files below a folder, in the order of their names: ImageData.
-
-    Folders in it are classes, numbered in the order of their names as torchvision's ImageFolder
-    does; images directly in it have none. A folder of splits (train, val, test and their synonyms)
-    gives its `split`. Metadata files (metadata.csv, .jsonl or .parquet with a column file_name) say
-    which images count and give their labels. tree: path's _Folder, if that is known.
-    """
-    path = os.fspath(path)
-    tree = tree or _Folder(path)
-
-    # Splits: all folders with images have names of splits. Folders without, such as logs, are aside.
-    splits = [name for name, folder in tree.folders.items() if folder.total]
-    if not all(_meaning(name) in SPLITS for name in splits):
-        splits = []
-    if splits and tree.count:
-        raise _mixture(path, tree, splits)
-    split = choose_split(splits or ["train"], split, path)
-    root, part = (os.path.join(path, split), tree.folders[split]) if splits else (path, tree)
-    if not part.total:
-        raise InputError(f"there are no images in {_printable(root)}{_listed(part.left_out())}")
-
-    # What lies beside the images is said, so that nothing is missing without a word.
-    files, notes = _Files(root, part.names()), []
-    if others := part.left_out():
-        notes.append(f"left out{_listed(others)}")
-    if tree.outputs:
-        notes.append(f"left out: own output in {', '.join(map(_printable, tree.outputs[:3]))}")
-
-    # Metadata files count before class folders, as they do for Hugging Face's imagefolder.
-    metadata = [prefix + file for prefix, folder in part.walk() for file in folder.metadata]
-    if splits:
-        metadata = tree.metadata + [f"{split}/{file}" for file in metadata]
-    if metadata:
-        prefix = f"{split}/" if splits else ""
-        files, labels, names, note = _read_metadata(path, metadata, prefix, files, label_column)
-        notes.insert(0, note)
-    elif label_column:
-        raise InputError(f"--label-column {label_column}: {path} has no metadata file")
-    else:
-        names = _class_folders(root, part)
-        counts = [part.folders[name].total for name in names] or [part.total]
-        labels = np.repeat(np.arange(len(counts)), counts)
-
-    name = _printable(os.path.basename(os.path.realpath(path)))
-    names = [_printable(name) for name in names] or None
-    data = ImageData(name, files, labels, names, image_size, upright=upright, split=split)
-    return _announce(data, splits, notes)
-
-
-def _class_folders(root, folder):
-    """The names of the class folders, [] for images without classes. InputError if that is unclear."""
-    full = [name for name, child in folder.folders.items() if child.total]
-    if not full or full[0] in folder.shards or (folder.count and len(full) == 1):
-        return []
-    if folder.count:
-        raise _mixture(root, folder, full)
-
-    # A class without images would shift the numbers of those after it.
-    for name, child in folder.folders.items():
-        if not child.total and not child.outputs:
-            raise InputError(
-                f"the class folder {_printable(os.path.join(root, name))} has no image that can be "
-                f"read{_listed(child.left_out())}: convert them, or take the folder away"
-            )
-    return full
-
-
-def _mixture(root, folder, names):
-    """The error about images beside folders of images."""
-    first = _printable(folder.images.split(b"\0")[0].decode(errors="surrogateescape"))
-    shown = ", ".join(map(_printable, names[:3])) + ", ..." * (len(names) > 3)
-    return InputError(
-        f"{_printable(root)} holds images ({first}) beside folders of images ({shown}): move the images "
-        "into a folder of their class or away, or for data without classes all into one folder"
-    )
-
-
-def _listed(others):
-    """": 3 .txt, 1 .heic", the most frequent first; nothing for none."""
-    return ": " * bool(others) + ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
-
-
-def _read_metadata(path, metadata, prefix, files, label_column):
-    """The images that the metadata files in path name, of files, which lie in path/prefix.
-
-    Returns (files, labels, class names or [], note); rows are in the order of the metadata files.
-    """
-    import pyarrow
-
-    # Each file's names are relative to the folder that it lies in; here all become relative to path.
-    tables, listed = [], []
-    for file in metadata:
-        table = _read_list(os.path.join(path, file))
-        if "file_name" not in table.column_names:
-            raise InputError(f"{path}/{file} needs a column file_name, not {table.column_names}")
-        for name in table["file_name"].cast(pyarrow.string()).to_pylist():
-            name = os.path.join(os.path.dirname(file), (name or "").replace("\\", "/"))
-            listed.append(os.path.normpath(name))
-        tables.append(table)
-
-    # A name that is not among the files may be of another split; one that is nowhere is an error.
-    place = {prefix + os.fsdecode(files.name(i)): i for i in range(len(files))}
-    rows = [place.get(name, -1) for name in listed]
-    for name, row in zip(listed, rows, strict=True):
-        if row < 0 and not os.path.isfile(os.path.join(path, name)):
-            raise InputError(f"{path}/{metadata[0]} names {name}, which is no image in {path}")
-    kept = np.flatnonzero(np.array(rows, dtype=np.int64) >= 0)
-    if not len(kept):
-        raise InputError(f"{path}/{metadata[0]} names no image in {os.path.join(path, prefix)}")
-
-    # Labels as in any other table.
-    try:
-        table = pyarrow.concat_tables(tables, promote_options="default").take(kept)
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{', '.join(metadata)} in {path} have columns of different types") from error
-    columns = [name for name in table.column_names if name != "file_name"]
-    column = _column(columns, label_column, LABEL_COLUMNS, [], path, "--label-column")
-    labels, names = _labels(table[column], column) if column else (np.zeros(len(kept), int), [])
-    note = f"labels by column {column}" if column else f"columns {', '.join(columns) or 'none'}"
-    if unnamed := len(files) - len(set(rows) - {-1}):
-        note += f"; left out: {unnamed} images that it does not name"
-    return files.take([rows[i] for i in kept]), labels, names, f"{metadata[0]}: {note}"
-
-
-def _read_list(file):
-    """The table in a .csv, .jsonl or .parquet file."""
-    import pyarrow.csv
-    import pyarrow.json
-    import pyarrow.parquet
-
-    text = pyarrow.csv.ConvertOptions(column_types=dict(file_name=pyarrow.string()))
-    try:
-        with open(file, "rb") as opened:
-            if file.endswith(".csv"):
-                return pyarrow.csv.read_csv(opened, convert_options=text)
-            read = pyarrow.json.read_json if file.endswith(".jsonl") else pyarrow.parquet.read_table
-            return read(opened)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"cannot read {file}: {error}") from error
-
-
-# ------------------------------------------------------------------------------------------ tables
-
-
-def _is_saved(path):
-    """Whether `datasets` has saved the folder by save_to_disk."""
-    return any(os.path.isfile(os.path.join(path, x)) for x in ("state.json", "dataset_dict.json"))
-
-
-def _load_table(path, tree, image_size, image_column, label_column, split, upright):
-    """What `datasets` reads, as ImageData; tree: the folder's _Folder, or None."""
-    hub = not os.path.exists(path)
-    if hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise InputError(f"unknown data {_printable(path)!r}: give digits, an existing folder, or a hub "
-                         "id such as owner/name")
-    import datasets
-
-    quiet_hub()
-    try:
-        found = _open_table(path, tree, split)
-    except Exception as error:  # whatever datasets, pyarrow, the hub's client and its HTTP library raise
-        while error.__cause__:
-            error = error.__cause__
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"cannot read the data {_printable(path)} (split {split or 'train'}): give digits, a folder of "
-            f"images, a saved data set, or a hub id and a network ({reason})"
-        ) from error
-    split = choose_split(list(found), split, path)
-    data = found[split]
-
-    # The columns of images and of labels, by their types or else by their usual names.
-    kinds = {kind: [name for name, feature in data.features.items() if isinstance(feature, kind)]
-             for kind in (datasets.Image, datasets.ClassLabel)}
-    image_column = _column(data.column_names, image_column, IMAGE_COLUMNS, kinds[datasets.Image], path,
-                           "--image-column")
-    label_column = _column(data.column_names, label_column, LABEL_COLUMNS, kinds[datasets.ClassLabel],
-                           path, "--label-column")
-    labels, names = np.zeros(len(data), dtype=np.int64), None
-    if label_column:
-        table = data.select_columns([label_column]).with_format("arrow")[:]
-        names = getattr(data.features[label_column], "names", None)
-        labels, names = _labels(table[label_column], label_column, names)
-
-    images = data.select_columns([image_column])
-    images = images.cast_column(image_column, datasets.Image(decode=False))[image_column]
-    name = path.split("/")[-1] if hub else _printable(os.path.basename(os.path.realpath(path)))
-    data = ImageData(name, images, labels, names, image_size, upright=upright, split=split)
-    return _announce(data, list(found), [f"column {image_column}"])
-
-
-def _open_table(path, tree, split):
-    """{split: datasets.Dataset} of what `datasets` reads."""
-    import datasets
-    from datasets.data_files import DataFilesDict, get_data_patterns
-
-    sliced = dict(split=split) if re.search(r"[\[+]", split or "") else {}  # "train[:10%]"
-    if not os.path.exists(path):
-        data = datasets.load_dataset(path, **sliced)
-    elif _is_saved(path):
-        data = datasets.load_from_disk(_plain_path(path))
-    elif tree is None:  # one file
-        folder, name = os.path.split(os.path.abspath(path))
-        file = os.path.join(_plain_path(folder), name)
-        data = datasets.load_dataset(_plain_path(folder), data_files=[glob.escape(file)], **sliced)
-    elif _has_configs(path):
-        data = datasets.load_dataset(_plain_path(path), **sliced)
-    else:
-        # The files of the one suffix, in the splits that `datasets` finds in their names and folders.
-        folder = _plain_path(path)
-        patterns = get_data_patterns(folder)
-        files = DataFilesDict.from_patterns(
-            patterns, base_path=folder, allowed_extensions=[tree.bundles()]
-        )
-        names = {key: [glob.escape(file) for file in value] for key, value in files.items()}
-        data = datasets.load_dataset(folder, data_files=names, **sliced)
-    if isinstance(data, datasets.DatasetDict):
-        return dict(data)
-    return {split if sliced else str(data.split or "train"): data}
-
-
-def _has_configs(path):
-    """Whether a folder's README.md says in its header which files are which split."""
-    try:
-        text = Path(path, "README.md").read_text(errors="replace")
-    except OSError:
-        return False
-    return re.match(r"---\n(.*\n)*?configs:", text) is not None
-
-
-def _plain_path(path):
-    """The absolute path, or a link to it: `datasets` takes *, ?, [ and :: for patterns, and only UTF-8."""
-    import datasets
-
-    path = os.path.abspath(path)
-    if re.fullmatch(r"[\w/.,+=@ -]*", path):
-        return path
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    link = cache / f"dit-{fingerprint(os.fsencode(path))[:16]}"
-    with contextlib.suppress(FileExistsError):
-        link.symlink_to(path)
-    return str(link)
-
-
-def _column(columns, asked, usual, fitting, path, flag):
-    """The column asked for; by default the one of a fitting type, else of a usual name.
-
-    None for data without labels; InputError if there is no such column, or a choice.
-    """
-    found = fitting or [name for name in usual if name in columns]
-    if asked is not None:
-        found = [asked] if asked in columns else []
-    elif not found and flag == "--label-column":
-        return None
-    if len(found) != 1:
-        raise InputError(f"give {flag}: {path} has the columns {', '.join(columns)}")
-    return found[0]
-
-
-def _labels(values, column, names=None):
-    """Labels (N,) int64 and the classes' names, of an Arrow column and the names that it came with.
-
-    Numbers are classes from 0 on, texts are numbered in their sorted order. InputError for others.
-    """
-    import pyarrow
-
-    types, kind = pyarrow.types, values.type
-    if types.is_nested(kind):
-        raise InputError(f"column {column} holds lists, but a label is one whole number or text: of a "
-                         "one-hot vector, store the place of the 1")
-    if types.is_dictionary(kind):
-        kind, values = kind.value_type, values.cast(kind.value_type)
-    text = types.is_string(kind) or types.is_large_string(kind)
-    if values.null_count or not (text or types.is_integer(kind)):
-        what = "no value in some rows" if values.null_count else f"values of type {kind}"
-        raise InputError(f"column {column} holds {what}, but a label is a whole number or text")
-    if text:
-        names, labels = np.unique(np.array(values.to_pylist(), dtype=object), return_inverse=True)
-        return labels.astype(np.int64), list(names)
-
-    # Numbers are named by themselves, which needs memory for the largest.
-    largest = max(values.to_pylist(), default=0)
-    if largest >= MAX_CLASSES:
-        raise InputError(f"column {column} has the label {largest}, but classes are numbered from 0 to at "
-                         f"most {MAX_CLASSES - 1}: an identifier? Store it as text, or choose another "
-                         "--label-column")
-    return values.to_numpy().astype(np.int64), names or [str(number) for number in range(largest + 1)]
-
-
-# ------------------------------------------------------------------------------------------ reading
-
-
-def read_batches(data, batches, num_workers=0, collate=torch.utils.data.default_collate, pin=False,
-                 **options):
-    """Batches of data, a generator: one for each list of keys in `batches`, loaded ahead by workers.
-
-    collate: makes a batch, of tensors in lists or tuples, from a list of items; pin: put tensors into
-    pinned memory; options: of torch's DataLoader. The workers end when this generator does. A worker
-    that dies raises InputError.
-    """
-    # Arrays go through a pipe. A tensor would take a file descriptor and shared memory, of which
-    # containers have 64 MB and mixed sizes need one for each image.
-    loader = torch.utils.data.DataLoader(
-        data, batch_sampler=batches, num_workers=num_workers, collate_fn=_Arrays(collate),
-        pin_memory=pin, **options,  # torch's pinning thread empties the pipe, but does not pin arrays
-    )
-    iterator = iter(loader)
-    try:
-        for batch in iterator:
-            tensors = _converted(batch, np.ndarray, torch.from_numpy)
-            yield _converted(tensors, torch.Tensor, torch.Tensor.pin_memory) if pin else tensors
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise RankLocalError(f"a process that loads images was killed, is memory short? Try fewer "
-                             f"--num-workers than {num_workers}") from error
-    finally:
-        if num_workers:
-            iterator._shutdown_workers()  # those that ignore signals would be waited for
-
-
-class _Arrays:
-    """collate, with arrays in place of tensors."""
-
-    def __init__(self, collate):
-        self.collate = collate
-
-    def __call__(self, items):
-        return _converted(self.collate(items), torch.Tensor, torch.Tensor.numpy)
-
-
-def _converted(value, kind, convert):
-    """The value, or a list of such in a list or tuple, with convert applied to all of a kind."""
-    if isinstance(value, list | tuple):
-        return [_converted(item, kind, convert) for item in value]
-    return convert(value) if isinstance(value, kind) else value
-
-
-class _Share(torch.utils.data.Dataset):
-    """data[index] -> (image, label, whether EXIF turned it)."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __getitem__(self, index):
-        return self.data.read(index)
-
-
-def _collate(items):
-    """(images, how many were turned): images stacked, or a list if their sizes differ."""
-    images = [image for image, _, _ in items]
-    same = len({image.shape for image in images}) == 1
-    return torch.stack(images) if same else images, sum(turned for _, _, turned in items)
-
-
-def image_batches(source, accelerator, batch_size=256, num_workers=0):
-    """This process's share, every world-th image, of ImageData or NpzImages: batches uint8 (n, 3, H, W).
-
-    Where the sizes of a batch are mixed it is a list of (3, H, W). Afterwards source.turned says how
-    many images of the share EXIF has turned.
-    """
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if isinstance(source, NpzImages):
-        yield from source.batches(rank, world, batch_size)
-        return
-    source.turned = 0
-    mine = range(rank, len(source), world)
-    keys = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    for images, turned in read_batches(_Share(source), keys, num_workers, _collate):
-        source.turned += turned
-        yield images
-
-
-class NpzImages:
-    """The images of an ADM .npz file: arr_0, uint8 (N, H, W, 3), read in order and never whole.
-
-    Raises InputError for a file that has no such array, or one of another kind.
-    """
-
-    def __init__(self, path):
-        self.path, self.name = path, Path(path).name
-        with self._open() as (_, header):
-            shape, fortran, dtype = header
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
-            raise InputError(f"arr_0 of {path} must be uint8 (N, H, W, 3), rows first, not {dtype} {shape}: convert it")
-        self.shape = shape
-
-    def __len__(self):
-        return self.shape[0]
-
-    @contextlib.contextmanager
-    def _open(self):
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                yield file, read(file)
-        except KeyError:
-            raise InputError(f"{self.path} has no images arr_0, which this metric needs") from None
-        except InputError:
-            raise
-        except BAD_NPZ as error:
-            raise InputError(f"cannot read {self.path}: {error}") from error
-
-    def batches(self, rank, world, batch_size):
-        """Every world-th image from the rank-th on, as uint8 (n, 3, H, W)."""
-        n, height, width, _ = self.shape
-        with self._open() as (file, _):
-            for start in range(0, n, batch_size * world):
-                count = min(batch_size * world, n - start)
-                data = file.read(count * height * width * 3)
-                if len(data) < count * height * width * 3:
-                    raise EOFError("it ends within arr_0")
-                images = np.frombuffer(data, dtype=np.uint8).reshape(count, height, width, 3)[rank::world]
-                yield torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+def _base_name(path):
+    """The name of a folder or file, however its path is spelled."""
+    return _printable(os.path.basename(os.path.realpath(path)))
 
 
 # ---------------------------------------------------------- the command line
@@ -2529,6 +1954,569 @@ def plot_metrics(runs, path):
         for text, at in ((f"step {steps[0]}", left), (str(steps[-1]), right)):
             draw.text((at, bottom + 4), text, fill="black", anchor="ma")
     write_atomically(path, lambda temporary: canvas.save(temporary, format="PNG"))
+
+
+# ---------------------------------------------------------------------------------- folders
+
+
+class _Folder:
+    """What lies in a folder and below it; hidden and system folders are left aside.
+
+    images: names of the image files, sorted and joined by NUL: a million cost no more than their
+    letters; count: how many; total: with those below. folders: name -> _Folder. metadata: names of
+    such files. others: number of other files by suffix. shards: folders that img2dataset wrote.
+    outputs: folders below of the program's own runs and samples, which are left aside too.
+    """
+
+    def __init__(self, path, above=()):
+        self.folders, self.outputs, self.others = {}, [], Counter()
+        above, images, folders, files = (*above, os.path.realpath(path)), [], [], set()
+        readable = _readable_suffixes()
+        try:
+            for entry in os.scandir(path):
+                name = entry.name
+                if name[0] == "." or name in SYSTEM:
+                    continue
+                if _is_folder(entry):
+                    folders.append(name)
+                elif name[name.rfind(".") :].lower() in readable:
+                    images.append(name)
+                else:
+                    files.add(name)
+        except OSError as error:
+            reason = f"{_printable(path)}: {error.strerror}"
+            raise InputError(f"cannot read the folder {reason}") from error
+        self.images, self.count = os.fsencode("\0".join(sorted(images))), len(images)
+
+        self.metadata = sorted(files & {*METADATA})
+        for name in files - {*METADATA}:
+            self.others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
+        self.shards = {name for name in folders if f"{name}_stats.json" in files}
+        is_run = "config.json" in files and "checkpoints" in folders
+        self.is_output = is_run or ("settings.json" in files and _holds_samples(path))
+
+        # A link stands for what it leads to, unless that is a folder which holds it.
+        for name in sorted(folders):
+            below = os.path.join(path, name)
+            if os.path.realpath(below) in above:
+                continue
+            child = _Folder(below, above)
+            if child.is_output:
+                self.outputs.append(name)
+            else:
+                self.folders[name] = child
+                self.outputs += [f"{name}/{output}" for output in child.outputs]
+        self.total = self.count + sum(child.total for child in self.folders.values())
+
+    def walk(self, prefix=""):
+        """(where it lies, folder) of this folder and all below, in torchvision's order."""
+        yield prefix, self
+        for name, folder in self.folders.items():
+            yield from folder.walk(f"{prefix}{name}/")
+
+    def names(self):
+        """The names of all image files, relative to this folder, joined by NUL."""
+        parts = []
+        for prefix, folder in self.walk():
+            prefix = os.fsencode(prefix)
+            if folder.count:
+                parts.append(prefix + folder.images.replace(b"\0", b"\0" + prefix))
+        return b"\0".join(parts)
+
+    def left_out(self):
+        """The number of other files by suffix, with those below."""
+        return sum((folder.others for _, folder in self.walk()), Counter())
+
+    def bundles(self):
+        """The suffix of the files that `datasets` is to read; None if this is a folder of images.
+
+        It is one of images if they are more than the bundles: archives of what lies beside them
+        unpacked, or lists of what was downloaded.
+        """
+        others = self.left_out()
+        suffix = next((suffix for suffix in BUNDLES if others[suffix]), None)
+        if suffix and others[suffix] >= self.total:
+            return suffix
+        return None if self.total else next((suffix for suffix in LISTS if others[suffix]), None)
+
+
+@functools.cache
+def _readable_suffixes():
+    """Suffixes of the images that this Pillow decodes: no stubs, films and PostScript."""
+    Image.init()
+    readable = set()
+    for suffix, kind in Image.EXTENSION.items():
+        opener = Image.OPEN.get(kind, [None])[0]
+        stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
+        if opener and not stub and Image.MIME.get(kind, "image/").startswith("image/"):
+            readable.add(suffix)
+    return readable
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _holds_samples(folder):
+    """Whether a folder's settings.json is that of evaluate.py --save-images."""
+    try:
+        return '"num_sampling_steps"' in Path(folder, "settings.json").read_text(errors="replace")
+    except OSError:
+        return False
+
+
+class _Files:
+    """Image files below root by their names, joined by NUL: workers share this one object."""
+
+    def __init__(self, root, names):
+        self.root, self.names = os.fsencode(root), names
+        ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
+        self.ends = np.concatenate([[-1], ends, [len(names)]])
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        path = os.path.join(self.root, self.name(index))
+        return dict(path=os.fsdecode(path), bytes=None)
+
+    def name(self, index):
+        return self.names[self.ends[index] + 1 : self.ends[index + 1]]
+
+    def take(self, rows):
+        return _Files(self.root, b"\0".join(self.name(row) for row in rows))
+
+
+def is_image_folder(path):
+    """Whether path is a folder of image files, rather than one of what `datasets` reads."""
+    return os.path.isdir(path) and not _is_saved(path) and not _Folder(path).bundles()
+
+
+def load_folder(
+    path, image_size=None, split=None, label_column=None, upright=True, folder=None
+):
+    """The image files below a folder, in the order of their names, as ImageData.
+
+    Folders in it are classes, numbered in the order of their names as torchvision's ImageFolder
+    does; images directly in it have none. A folder of splits (train, val, test and their synonyms)
+    gives its `split`. Metadata files (metadata.csv, .jsonl or .parquet with a column file_name) say
+    which images count and give their labels. folder: the path's _Folder, if it is known already.
+    """
+    path = os.fspath(path)
+    folder = folder or _Folder(path)
+
+    # Splits: all folders with images have such names. Folders without images, say logs, are aside.
+    splits = [name for name, child in folder.folders.items() if child.total]
+    if not all(_meaning(name) in SPLITS for name in splits):
+        splits = []
+    if splits and folder.count:
+        raise _mixture(path, folder, splits)
+    split = choose_split(splits or ["train"], split, path)
+    root, part = (os.path.join(path, split), folder.folders[split]) if splits else (path, folder)
+
+    # What lies beside the images is said, so that nothing is missing without a word.
+    others, notes = part.left_out(), []
+    if not part.total:
+        raise InputError(f"there are no images in {_printable(root)}{_listed(others)}")
+    if others:
+        notes.append(f"left out{_listed(others)}")
+    if folder.outputs:
+        notes.append(f"left out: own output in {', '.join(map(_printable, folder.outputs[:3]))}")
+
+    # Metadata files count before class folders, as they do for Hugging Face's imagefolder.
+    files, prefix = _Files(root, part.names()), f"{split}/" if splits else ""
+    metadata = folder.metadata if splits else []
+    for below, child in part.walk(prefix):
+        metadata = metadata + [below + file for file in child.metadata]
+    if metadata:
+        files, labels, names, note = _read_metadata(path, metadata, prefix, files, label_column)
+        notes.insert(0, note)
+    elif label_column:
+        raise InputError(f"--label-column {label_column}: {_printable(path)} has no metadata file")
+    else:
+        names = _class_folders(root, part)
+        counts = [part.folders[name].total for name in names] or [part.total]
+        labels = np.repeat(np.arange(len(counts)), counts)
+
+    names = [_printable(name) for name in names] or None
+    data = ImageData(
+        _base_name(path), files, labels, names, image_size, upright=upright, split=split
+    )
+    return _announce(data, splits, notes)
+
+
+def _class_folders(root, folder):
+    """The names of the class folders, [] for images without classes; InputError if unclear."""
+    full = [name for name, child in folder.folders.items() if child.total]
+    if not full or full[0] in folder.shards or (folder.count and len(full) == 1):
+        return []
+    if folder.count:
+        raise _mixture(root, folder, full)
+
+    # A class without images would shift the numbers of those after it.
+    for name, child in folder.folders.items():
+        if not child.total and not child.outputs:
+            raise InputError(
+                f"the class folder {_printable(os.path.join(root, name))} has no image that can be "
+                f"read{_listed(child.left_out())}: convert these, or take the folder away"
+            )
+    return full
+
+
+def _mixture(root, folder, names):
+    """The error about images beside folders of images."""
+    image = folder.images.split(b"\0")[0].decode("utf-8", "backslashreplace")
+    shown = ", ".join(map(_printable, names[:3])) + ", ..." * (len(names) > 3)
+    return InputError(
+        f"{_printable(root)} holds images ({image}) beside folders of images ({shown}): move the "
+        "images into the folder of their class or away, or for no classes all into one folder"
+    )
+
+
+def _listed(others):
+    """": 3 .txt, 1 .heic", the most frequent first; nothing for none."""
+    return ": " * bool(others) + ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
+
+
+def _read_metadata(path, metadata, prefix, files, label_column):
+    """The images that the metadata files in path name, of files, which lie in path/prefix.
+
+    Returns (files, labels, class names or [], note), in the order of the metadata's rows.
+    """
+    import pyarrow
+
+    # Names are relative to the folder that the file lies in; here all become relative to path.
+    tables, listed, first = [], [], _printable(os.path.join(path, metadata[0]))
+    for file in metadata:
+        table = _read_list(os.path.join(path, file))
+        if "file_name" not in table.column_names:
+            raise InputError(f"{first} needs a column file_name, not {table.column_names}")
+        for name in table["file_name"].cast(pyarrow.string()).to_pylist():
+            name = os.path.join(os.path.dirname(file), (name or "").replace("\\", "/"))
+            listed.append(os.path.normpath(name))
+        tables.append(table)
+
+    # A name that is not among the files may be of another split; one that is nowhere is an error.
+    place = {prefix + os.fsdecode(files.name(index)): index for index in range(len(files))}
+    rows = np.array([place.get(name, -1) for name in listed], dtype=np.int64)
+    for index in np.flatnonzero(rows < 0):
+        name = listed[index]
+        if name.startswith("..") or not os.path.isfile(os.path.join(path, name)):
+            raise InputError(f"{first} names {name}, which is no image in {_printable(path)}")
+    kept = np.flatnonzero(rows >= 0)
+    if not len(kept):
+        raise InputError(f"{first} names no image in {_printable(os.path.join(path, prefix))}")
+
+    # Labels as in any other table.
+    try:
+        table = pyarrow.concat_tables(tables, promote_options="default").take(kept)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{first} and other metadata files differ in their columns") from error
+    columns = [name for name in table.column_names if name != "file_name"]
+    column = _column(columns, label_column, LABEL_COLUMNS, [], path, "--label-column")
+    labels, names = _labels(table[column], column) if column else (np.zeros(len(kept), int), [])
+    note = f"labels by {column}" if column else f"columns {', '.join(columns)}"
+    if unnamed := len(files) - len(np.unique(rows[kept])):
+        note += f"; left out: {unnamed} images that it does not name"
+    return files.take(rows[kept]), labels, names, f"{metadata[0]}: {note}"
+
+
+def _read_list(file):
+    """The table in a .csv, .jsonl or .parquet file."""
+    import pyarrow.csv
+    import pyarrow.json
+    import pyarrow.parquet
+
+    options = pyarrow.csv.ConvertOptions(column_types=dict(file_name=pyarrow.string()))
+    try:
+        content = pyarrow.BufferReader(Path(file).read_bytes())
+        if file.endswith(".csv"):
+            return pyarrow.csv.read_csv(content, convert_options=options)
+        if file.endswith(".jsonl"):
+            return pyarrow.json.read_json(content)
+        return pyarrow.parquet.read_table(content)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"cannot read {_printable(file)}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------- tables
+
+
+def _is_saved(path):
+    """Whether `datasets` has written the folder by save_to_disk."""
+    return any(os.path.isfile(f"{path}/{name}") for name in ("state.json", "dataset_dict.json"))
+
+
+def _load_table(path, folder, image_size, image_column, label_column, split, upright):
+    """What `datasets` reads, as ImageData; folder: the path's _Folder, or None."""
+    shown = _printable(path)
+    if not os.path.exists(path) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise InputError(f"unknown data {shown!r}: give digits, an existing folder, or a hub id "
+                         "such as owner/name")
+    import datasets
+
+    quiet_hub()
+    try:
+        found = _open_table(path, folder, split)
+    except Exception as error:  # whatever datasets, pyarrow and the hub's client raise
+        cause = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        reason = [*str(cause).strip().splitlines(), type(cause).__name__][0]
+        raise InputError(
+            f"cannot read the data {shown} (split {split or 'train'}): give digits, a folder of "
+            f"images, a saved data set, or a hub id and a network ({reason})"
+        ) from error
+    split = choose_split(list(found), split, path)
+    data = found[split]
+
+    # The columns of images and labels are known by their types, or else by their usual names.
+    fitting = {kind: [name for name in data.features if isinstance(data.features[name], kind)]
+               for kind in (datasets.Image, datasets.ClassLabel)}
+    columns, images, classes = data.column_names, *fitting.values()
+    image_column = _column(columns, image_column, IMAGE_COLUMNS, images, path, "--image-column")
+    label_column = _column(columns, label_column, LABEL_COLUMNS, classes, path, "--label-column")
+    labels, names = np.zeros(len(data), dtype=np.int64), None
+    if label_column:
+        values = data.select_columns([label_column]).with_format("arrow")[:][label_column]
+        names = getattr(data.features[label_column], "names", None)
+        labels, names = _labels(values, label_column, names)
+
+    images = data.select_columns([image_column])
+    images = images.cast_column(image_column, datasets.Image(decode=False))[image_column]
+    name = _base_name(path) if os.path.exists(path) else path.split("/")[1]
+    data = ImageData(name, images, labels, names, image_size, upright=upright, split=split)
+    return _announce(data, list(found), [f"column {image_column}"])
+
+
+def _open_table(path, folder, split):
+    """{split: datasets.Dataset} of a hub id, or of a file or folder that `datasets` reads."""
+    import datasets
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    part = dict(split=split) if re.search(r"[\[+]", split or "") else {}  # "train[:10%]"
+    if not os.path.exists(path):
+        data = datasets.load_dataset(path, **part)
+    elif _is_saved(path):
+        data = datasets.load_from_disk(_plain_path(path))
+    elif folder is None:  # one file
+        parent, name = os.path.split(os.path.abspath(path))
+        parent = _plain_path(parent)
+        data = datasets.load_dataset(parent, data_files=glob.escape(f"{parent}/{name}"), **part)
+    elif _has_configs(path):
+        data = datasets.load_dataset(_plain_path(path), **part)
+    else:
+        # The files of the one suffix, in splits that `datasets` sees in their names and folders.
+        root, suffixes = _plain_path(path), [folder.bundles()]
+        patterns = get_data_patterns(root)
+        files = DataFilesDict.from_patterns(
+            patterns, base_path=root, allowed_extensions=suffixes
+        )
+        names = {key: [glob.escape(file) for file in value] for key, value in files.items()}
+        data = datasets.load_dataset(root, data_files=names, **part)
+    if isinstance(data, datasets.DatasetDict):
+        return dict(data)
+    return {split if part else str(data.split or "train"): data}
+
+
+def _has_configs(path):
+    """Whether a folder's README.md says in its header which files are which split."""
+    try:
+        text = Path(path, "README.md").read_text(errors="replace")
+    except OSError:
+        return False
+    return re.match(r"---\n(.*\n)*?configs:", text) is not None
+
+
+def _plain_path(path):
+    """The absolute path, or a link to it where `datasets` would read *, ?, [ or :: as a pattern."""
+    import datasets
+
+    path = os.path.abspath(path)
+    if re.fullmatch(r"[\w/.,+=@ -]*", path):
+        return path
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    link = cache / f"dit-{fingerprint(os.fsencode(path))[:16]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(path)
+    return str(link)
+
+
+def _column(columns, asked, usual, fitting, path, flag):
+    """The column asked for; by default the one of a fitting type, else of a usual name.
+
+    None for data without labels; InputError if there is no such column, or a choice.
+    """
+    found = fitting or [name for name in usual if name in columns]
+    if asked is not None:
+        found = [asked] if asked in columns else []
+    elif not found and flag == "--label-column":
+        return None
+    if len(found) != 1:
+        raise InputError(f"give {flag}: {_printable(path)} has the columns {', '.join(columns)}")
+    return found[0]
+
+
+def _labels(values, column, names=None):
+    """Labels (N,) int64 and the classes' names, of an Arrow column and the names that came with it.
+
+    Numbers are classes from 0 on, texts are numbered in their sorted order. InputError for others.
+    """
+    import pyarrow
+
+    kind, types = values.type, pyarrow.types
+    if types.is_dictionary(kind):
+        values = values.cast(kind.value_type)
+        kind = values.type
+    text = types.is_string(kind) or types.is_large_string(kind)
+    if types.is_nested(kind):
+        raise InputError(f"column {column} holds lists, but a label is one whole number or text: "
+                         "of a one-hot vector, store the place of the 1")
+    if values.null_count or not (text or types.is_integer(kind)):
+        what = "no value in some rows" if values.null_count else f"values of type {kind}"
+        raise InputError(f"column {column} holds {what}, but a label is a whole number or text")
+    if text:
+        names, labels = np.unique(np.array(values.to_pylist(), object), return_inverse=True)
+        return labels.astype(np.int64), list(names)
+
+    # Every number up to the largest becomes a class, which an identifier must not.
+    labels = values.to_numpy()
+    largest = max(labels, default=0)
+    if largest >= MAX_CLASSES:
+        raise InputError(f"column {column} has the label {largest}, but labels count classes from "
+                         f"0 to at most {MAX_CLASSES - 1}: is it an identifier? Store it as text, "
+                         "or choose another --label-column")
+    return labels.astype(np.int64), names or [str(number) for number in range(largest + 1)]
+
+
+# ---------------------------------------------------------------------------------- reading
+
+
+def read_batches(
+    data, batches, num_workers=0, collate=torch.utils.data.default_collate, pin=False, **options
+):
+    """A generator of batches of data, one for each list of keys in `batches`.
+
+    num_workers: processes that load them ahead, which end when the generator does. collate: makes
+    of a list of items a batch of tensors, in lists or tuples if need be. pin: put tensors into
+    pinned memory. options: of torch's DataLoader. RankLocalError when a worker was killed.
+    """
+    # Workers send arrays through a pipe. Tensors would take file descriptors and shared memory, of
+    # which a container has 64 MB. torch's thread for pinning empties the pipe but pins no arrays.
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=batches, num_workers=num_workers, pin_memory=pin,
+        collate_fn=functools.partial(_collate_arrays, collate), **options,
+    )
+    iterator = iter(loader)
+    try:
+        for batch in iterator:
+            tensors = _converted(batch, np.ndarray, torch.from_numpy)
+            yield _converted(tensors, torch.Tensor, torch.Tensor.pin_memory) if pin else tensors
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise RankLocalError("a process that loads images was killed, is memory short? Give fewer "
+                             f"--num-workers than {num_workers}") from error
+    finally:
+        if num_workers:
+            iterator._shutdown_workers()  # those that ignore signals would be waited for
+
+
+def _collate_arrays(collate, items):
+    return _converted(collate(items), torch.Tensor, torch.Tensor.numpy)
+
+
+def _converted(value, kind, convert):
+    """The value with convert applied to what is of a kind, also within lists and tuples."""
+    if isinstance(value, list | tuple):
+        return [_converted(item, kind, convert) for item in value]
+    return convert(value) if isinstance(value, kind) else value
+
+
+class _Turns(torch.utils.data.Dataset):
+    """data[index] -> (image, label, whether it was turned)."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, index):
+        return self.data.read(index)
+
+
+def _collate(items):
+    """(images, how many were turned): images stacked, or a list if their sizes differ."""
+    images, _, turned = zip(*items, strict=True)
+    same = len({image.shape for image in images}) == 1
+    return torch.stack(images) if same else images, sum(turned)
+
+
+def image_batches(source, accelerator, batch_size=256, num_workers=0):
+    """This process's share, every world-th image, of ImageData or NpzImages: uint8 (n, 3, H, W).
+
+    Where the sizes of a batch are mixed it is a list of (3, H, W). Afterwards source.turned says
+    how many images of this share EXIF has turned.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if isinstance(source, NpzImages):
+        yield from source.batches(rank, world, batch_size)
+        return
+    source.turned = 0
+    mine = range(rank, len(source), world)
+    keys = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    for images, turned in read_batches(_Turns(source), keys, num_workers, _collate):
+        source.turned += turned
+        yield images
+
+
+class NpzImages:
+    """The images of an ADM .npz file: arr_0, uint8 (N, H, W, 3), read in order and never whole.
+
+    Raises InputError for a file that has no such array, or one of another kind.
+    """
+
+    def __init__(self, path):
+        self.path, self.name = path, _printable(Path(path).name)
+        with self._open() as (_, header):
+            shape, fortran, dtype = header
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
+            raise InputError(f"arr_0 of {path} must be uint8 (N, H, W, 3), rows first, not {dtype} "
+                             f"{shape}: convert it")
+        self.shape = shape
+
+    def __len__(self):
+        return self.shape[0]
+
+    @contextlib.contextmanager
+    def _open(self):
+        """The open member arr_0, past its header, and (shape, fortran order, dtype)."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+                version, format = np.lib.format.read_magic(file), np.lib.format
+                old = version == (1, 0)
+                read = format.read_array_header_1_0 if old else format.read_array_header_2_0
+                yield file, read(file)
+        except KeyError:
+            raise InputError(f"{self.path} has no images arr_0, which this metric needs") from None
+        except InputError:
+            raise
+        except BAD_NPZ as error:
+            raise InputError(f"cannot read {self.path}: {error}") from error
+
+    def batches(self, rank, world, batch_size):
+        """Every world-th image from the rank-th on, as uint8 (n, 3, H, W)."""
+        n, height, width, _ = self.shape
+        with self._open() as (file, _):
+            for start in range(0, n, batch_size * world):
+                count = min(batch_size * world, n - start)
+                data = file.read(count * height * width * 3)
+                if len(data) < count * height * width * 3:
+                    raise EOFError("it ends within arr_0")
+                images = np.frombuffer(data, np.uint8).reshape(count, height, width, 3)
+                yield torch.from_numpy(images[rank::world].transpose(0, 3, 1, 2).copy())
 
 
 if __name__ == "__main__":

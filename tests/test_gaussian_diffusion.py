@@ -671,19 +671,24 @@ def test_flow_loops_report_the_predicted_x_start(sampler):
 
 @pytest.mark.parametrize("sampler", FLOW_LOOPS)
 def test_flow_clips_the_predicted_x_start(sampler):
-    """A velocity that aims at 3 becomes the one that aims at 1; within [-1, 1] nothing changes."""
+    """A velocity that aims at 3 becomes the one that aims at 1, where the last step ends."""
     noise, predicted, flow = flow_input("z"), [], FlowMatching(6, "sit")
     settings = {} if sampler != "sde" else dict(step_noise=lambda i, x: flow_input(f"z{i}"))
     # At t = 1, where Heun's last step ends, no velocity is changed: give the same one in all.
     aims_at = lambda x_start: lambda x, t: 1 - x if t[0] == 1 else straight(x_start)(x, t)
     clipped = flow.sample(sampler, aims_at(3.0), noise, clip_denoised=True, **settings,
                           on_step=lambda i, x, pred_x0: predicted.append(pred_x0))
-    expected = flow.sample(sampler, aims_at(1.0), noise, **settings)
-    torch.testing.assert_close(clipped, expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(clipped, torch.ones_like(noise), rtol=1e-5, atol=2e-6)
     assert all(torch.equal(pred_x0, torch.ones_like(noise)) for pred_x0 in predicted)
-    plain = flow.sample(sampler, aims_at(0.5), noise, **settings)
-    clipped = flow.sample(sampler, aims_at(0.5), noise, clip_denoised=True, **settings)
-    torch.testing.assert_close(clipped, plain, rtol=1e-5, atol=2e-6)
+
+    # Within [-1, 1] nothing changes before the last step.
+    states = {clip: [] for clip in (False, True)}
+    for clip, seen in states.items():
+        flow.sample(sampler, aims_at(0.5), noise, clip_denoised=clip, **settings,
+                    on_step=lambda i, x, pred_x0, seen=seen: seen.append(x))
+    for plain, clipped in zip(states[False][:-1], states[True][:-1], strict=True):
+        torch.testing.assert_close(clipped, plain, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(states[True][-1], torch.full_like(noise, 0.5), rtol=1e-5, atol=2e-6)
 
 
 def test_flow_is_float32_in_mixed_precision():
