@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
+import dit
 import train_accelerate
 from dit import InputError, build_dit, load_checkpoint, save_checkpoint
 from train_accelerate import main, parse_args
@@ -114,7 +115,7 @@ def quick_evaluation(monkeypatch):
         return dict(fd=abs(math.sin(1e3 * step)), features="none", num_samples=3)
 
     monkeypatch.setattr(train_accelerate, "load_features", lambda name, device: Network())
-    monkeypatch.setattr(train_accelerate, "reference_set", lambda *args, **settings: None)
+    monkeypatch.setattr(train_accelerate, "reference_features", lambda *args, **settings: None)
     monkeypatch.setattr(train_accelerate, "evaluate_model", figures)
 
 
@@ -436,15 +437,15 @@ def test_damage_to_all_checkpoints_is_refused_and_nothing_touched(tmp_path, whol
 
 
 def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    original = train_accelerate.save_file
+    original = dit.save_file
 
     def full(tensors, path, metadata=None):
-        if "0000004" in str(path):
+        if "0000004/.model" in str(path).replace(".0000004.tmp", "0000004"):
             Path(path).write_bytes(b"part")
             raise OSError(28, "No space left on device")
         original(tensors, path, metadata)
 
-    monkeypatch.setattr(train_accelerate, "save_file", full)
+    monkeypatch.setattr(dit, "save_file", full)
     with pytest.raises(InputError, match=r"cannot write .*0000004.*No space left.*last good checkpoint is .*0000002"):
         train(tmp_path)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000002"]
