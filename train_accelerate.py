@@ -32,7 +32,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 import zlib
 from datetime import timedelta
@@ -67,16 +66,10 @@ from sample_grid import (
 
 
 def main(args):
-    """Train; the flags and their values in each recipe are the table SETTINGS, below."""
-    # Unset flags take the recipe's values, the paper's or the laptop's.
+    """Train. The flags and their values in each recipe are the table SETTINGS, below."""
+    # Unset flags take the recipe's values. Processes, devices and precision are accelerate's part.
     fill_preset(args)
-    accelerator = make_accelerator(
-        args.mixed_precision, args.tf32, project_dir=args.results_dir,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.tracker == "none" else args.tracker,
-        # Hours, because one process may have more latents to cache than another.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-    )
+    accelerator = start_accelerator(args)
     device = accelerator.device
 
     # All that the user gave is read and checked before anything is written: the images, and the
@@ -90,7 +83,6 @@ def main(args):
 
     # The network, its moving average (EMA), which samples better, and the process that adds noise.
     network = build_network(args, vae, init=None if step_folders(folder) else args.init).to(device)
-    shape = (network.in_channels, network.input_size, network.input_size)
     ema = copy.deepcopy(network).eval().requires_grad_(False)
     diffusion = create_diffusion(learn_sigma=True)
     ema.metadata = describe(args, data, vae, diffusion)
@@ -126,13 +118,12 @@ def main(args):
                 stop.saved = False
 
                 # 1. The randomness of the step: a function of (seed, step, index in the batch).
-                t, drop, noise, vae_noise = draw_randomness(args, step, diffusion, shape, device)
+                t, drop, noise, vae_noise = draw_randomness(args, step, diffusion, network, device)
 
                 # 2. Forward and backward, one part of the batch after another: gradients add up.
-                for part in sampler.mine:
+                for own in sampler.mine:
                     batch = stopwatch.next(batches)
                     images, y = (tensor.to(device, non_blocking=True) for tensor in batch)
-                    own = sampler.part(part)
                     moments = images if args.latent_cache else vae.encode(images)
                     x = vae.sample(moments, noise=vae_noise[own])  # (n, C, h, w)
                     with accelerator.accumulate(model):
@@ -142,34 +133,32 @@ def main(args):
                     means.add(losses, x)
 
                 # 3. Update the weights, unless a number is not finite, and then the EMA.
-                clip = args.grad_clip or math.inf
-                grad_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), clip))
-                finite = means.end_step(step, grad_norm)
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+                finite = means.end_step(step, full_tensor(norm))
                 lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
                 update_weights(accelerator, optimizer, lr, finite)
                 update_ema(ema, network, args.ema_decay, step)
 
                 # 4. Log, save, preview. What is saved before an evaluation cannot be lost in it.
                 done, stopping = step + 1, stop.agreed()
-                logs = is_due(args.log_every, done, total)
-                evaluates = is_due(args.eval_every, done, total)
-                saves = stopping or evaluates or is_due(args.ckpt_every, done, total)
-                note = None
-                if logs or saves:
+                due = what_is_due(args, done, total)
+                saves = stopping or "ckpt" in due or "eval" in due
+                if saves or "log" in due:
                     means.check(args.skip_nonfinite, sampler, checkpoints)
-                if logs:
+                if "log" in due:
                     line = log.append(done, lr=lr, **means.take(), **stopwatch.take(done))
-                    note = f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s"
-                progress.advance(note=note)
+                    speed = line["images_per_second"]
+                    progress.note = f"loss {line['loss']:.4f}  {speed:.0f} images/s"
+                progress.advance()
                 with stopwatch.paused():
                     if saves:
                         checkpoints.save(done)
                         stop.saved = True
                     if stopping:
                         stop.exit()
-                    if is_due(args.sample_every, done, total):
+                    if "sample" in due:
                         previews.draw(done)
-                    if evaluates:
+                    if "eval" in due:
                         previews.evaluate(done)
     print_end(args, log, accelerator)
 
@@ -287,11 +276,9 @@ SETTINGS = {
 }
 ROWS = list(itertools.chain.from_iterable(SETTINGS.values()))
 
-# The sampler's settings that travel with the weights as a suggestion.
+# The sampling flags' values that travel with the weights, as a suggestion.
 SUGGESTED = dict(
-    paper=dict(num_sampling_steps=250),
-    laptop=dict(num_sampling_steps=50, cfg_scale=1.5),
-)
+    paper=dict(num_sampling_steps=250), laptop=dict(num_sampling_steps=50, cfg_scale=1.5))
 
 
 def recipe(args):
@@ -301,9 +288,8 @@ def recipe(args):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Train a DiT. Unset flags take the recipe of the data: the digits demo's, or the "
-        "paper's.", epilog="The same command again resumes the run where it stopped.",
-    )
+        description="Train a DiT. Unset flags take the digits demo's recipe, or the paper's.",
+        epilog="The same command again resumes the run where it stopped.")
     for title, settings in SETTINGS.items():
         add_flags(parser, title, settings)
     add_data_args(parser)
@@ -332,26 +318,34 @@ def fill_preset(args):
         raise InputError(f"--tracker {args.tracker} needs a package: pip install {args.tracker}")
 
 
+def start_accelerator(args):
+    return make_accelerator(
+        args.mixed_precision, args.tf32, project_dir=args.results_dir,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.tracker == "none" else args.tracker,
+        # Hours, because one process may have more latents to cache than another.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))])
+
+
 def fit_to_data(args, data, vae, accelerator):
     """Check the settings against the data and the processes; take from the data what is unset."""
-    # Each process makes the same number of equal parts of the batch.
-    batch, parts = args.global_batch_size, parts_of_batch(accelerator)
-    if batch % parts:
-        raise InputError(f"--global-batch-size {batch} must divide by processes x accumulation "
-                         f"steps = {parts}")
+    # Every process makes as many equal parts of the batch as the others.
+    parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    if args.global_batch_size % parts:
+        raise InputError(f"--global-batch-size {args.global_batch_size} must divide by processes x "
+                         f"accumulation steps = {parts}")
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise InputError("--mixed-precision fp16 does nothing on this device: use bf16 or no")
     if args.image_size % vae.factor:
-        raise InputError(f"--image-size {args.image_size} must divide by {vae.factor}, the VAE's "
-                         "downsampling")
+        raise InputError(
+            f"--image-size {args.image_size} must divide by {vae.factor}, the VAE's downsampling")
 
-    # More classes than the data has are allowed: other data may follow.
+    # More classes than the data have are allowed; one is no condition: nothing to hide or guide.
+    largest = max(data.labels)
     if args.num_classes is None:
         args.num_classes = data.num_classes
-    if max(data.labels) >= args.num_classes:
-        raise InputError(f"--num-classes {args.num_classes}, but the data has a label "
-                         f"{max(data.labels)}")
-    # One class is no condition: there is nothing to hide and nothing to guide.
+    if largest >= args.num_classes:
+        raise InputError(f"--num-classes {args.num_classes}, but the data has a label {largest}")
     if args.num_classes == 1:
         args.class_dropout_prob = 0.0
 
@@ -364,9 +358,11 @@ def count_steps(args, size):
     return min(by_epochs, args.max_steps or math.inf)
 
 
-def is_due(every, step, last):
-    """Whether something is to be done after a step: at every so many, and at the last; 0 is never."""
-    return every > 0 and step > 0 and (step % every == 0 or step == last)
+def what_is_due(args, step, last):
+    """Which of log, ckpt, sample and eval are due after a step: every so many, and at the last."""
+    everys = {name: getattr(args, f"{name}_every") for name in ("log", "ckpt", "sample", "eval")}
+    return {name for name, every in everys.items()
+            if every > 0 and step > 0 and (step % every == 0 or step == last)}
 
 
 def describe(args, data, vae, diffusion):
@@ -395,6 +391,7 @@ def build_network(args, vae, init):
     The label table is new when it has another number of rows there, the position embedding when the
     size differs. InputError when anything else has another shape.
     """
+    # Initial weights depend on the seed alone, and are the same in every process.
     torch.manual_seed(args.global_seed)
     network = dit.build_dit(
         args.model, input_size=args.image_size // vae.factor, in_channels=vae.channels,
@@ -404,7 +401,7 @@ def build_network(args, vae, init):
     if init is None:
         return network
 
-    # Fixed sinusoids are always this network's own; a row per class is only if the classes differ.
+    # Positions are fixed sinusoids, and rows of other classes would mean nothing here.
     own, given = network.state_dict(), dit.load_checkpoint(init).state_dict()
     given["pos_embed"] = own["pos_embed"]
     table = "y_embedder.embedding_table.weight"
@@ -414,8 +411,8 @@ def build_network(args, vae, init):
         given[table] = own[table]
     fits = lambda name: name in given and given[name].shape == own[name].shape
     if wrong := [name for name in own if not fits(name)]:
-        raise InputError(f"--init {init} does not fit {args.model} here: {', '.join(wrong[:3])} have "
-                         "other shapes")
+        raise InputError(f"--init {init} does not fit {args.model} here: "
+                         f"{', '.join(wrong[:3])} have other shapes")
     network.load_state_dict(given)
     return network
 
@@ -454,43 +451,37 @@ def seeded(device, *key):
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def parts_of_batch(accelerator):
-    """How many parts a global batch is cut into."""
-    return accelerator.num_processes * accelerator.gradient_accumulation_steps
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, count, epoch):
+    """The order of the data in an epoch: a permutation (count,)."""
+    return torch.randperm(count, generator=seeded("cpu", seed, "order", epoch))
 
 
 class GlobalBatches(torch.utils.data.Sampler):
     """This process's parts of the steps from start to stop, each a list of (index, mirror).
 
-    The data are an endless stream, epoch after epoch, each in the order of a permutation that
-    (seed, epoch) gives; step s takes the stream's s-th global batch. It is cut into parts, processes
-    x accumulation of them; process r of P takes r, P + r, 2P + r, ... one after the other: `mine`.
+    The data are an endless stream, epoch after epoch, each in its own order; step s takes the
+    stream's s-th global batch. It is cut into processes x accumulation parts, of which process r of
+    P takes r, P + r, 2P + r, ... one after the other: `mine`, where they lie in the batch.
     """
 
-    def __init__(self, args, size, start, stop, accelerator):
+    def __init__(self, args, count, start, stop, accelerator):
         self.seed = args.global_seed
         self.mirror = args.mirror
         self.batch = args.global_batch_size
-        self.size = size
+        self.count = count
         self.steps = range(start, stop)
-        parts = parts_of_batch(accelerator)
-        self.mine = range(accelerator.process_index, parts, accelerator.num_processes)
-        self.part_size = self.batch // parts
-        self.epoch, self.order = None, None
-
-    def part(self, number):
-        """Where a part lies in its global batch."""
-        return slice(number * self.part_size, (number + 1) * self.part_size)
+        parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        size = self.batch // parts
+        mine = range(accelerator.process_index, parts, accelerator.num_processes)
+        self.mine = [slice(part * size, (part + 1) * size) for part in mine]
 
     def indices(self, step):
         """The data's indices in the global batch of a step."""
         indices = []
         for position in range(step * self.batch, (step + 1) * self.batch):
-            epoch, place = divmod(position, self.size)
-            if epoch != self.epoch:
-                generator = seeded("cpu", self.seed, "order", epoch)
-                self.epoch, self.order = epoch, torch.randperm(self.size, generator=generator)
-            indices.append(int(self.order[place]))
+            epoch, place = divmod(position, self.count)
+            indices.append(int(epoch_order(self.seed, self.count, epoch)[place]))
         return indices
 
     def __iter__(self):
@@ -498,21 +489,23 @@ class GlobalBatches(torch.utils.data.Sampler):
             flips = torch.rand(self.batch, generator=seeded("cpu", self.seed, "mirror", step)) < 0.5
             mirrors = (flips & self.mirror).tolist()
             examples = list(zip(self.indices(step), mirrors, strict=True))
-            for number in self.mine:
-                yield examples[self.part(number)]
+            for own in self.mine:
+                yield examples[own]
 
 
-def draw_randomness(args, step, diffusion, shape, device):
-    """Times (B,), label drops (B,), noise and VAE noise (B, *shape) of a step's global batch.
+def draw_randomness(args, step, diffusion, network, device):
+    """Times (B,), label drops (B,), noise and VAE noise (B, C, h, w) of a step's global batch.
 
     Every process draws all of them, and uses its own: they are functions of (seed, step, index in
     the batch), and of the kind of device, since a GPU's random numbers differ from a CPU's.
     """
-    generator, batch = seeded(device, args.global_seed, "noise", step), args.global_batch_size
+    generator = seeded(device, args.global_seed, "noise", step)
+    batch, size = args.global_batch_size, network.input_size
+    shape = batch, network.in_channels, size, size
     t = diffusion.draw_times(batch, generator)
     drop = torch.rand(batch, generator=generator, device=device) < args.class_dropout_prob
-    noise = torch.randn(batch, *shape, generator=generator, device=device)
-    vae_noise = torch.randn(batch, *shape, generator=generator, device=device)
+    noise = torch.randn(shape, generator=generator, device=device)
+    vae_noise = torch.randn(shape, generator=generator, device=device)
     return t, drop, noise, vae_noise
 
 
@@ -520,11 +513,11 @@ def draw_randomness(args, step, diffusion, shape, device):
 
 
 class LatentCache(torch.utils.data.Dataset):
-    """The VAE's moments of a data set, on disk: cache[index, mirror] -> (moments (2C, h, w), label).
+    """The VAE's moments of a data set on disk: cache[index, mirror] -> moments (2C, h, w), label.
 
     Shards of SHARD images each, in the data set's order without its broken images, hold moments
-    (n, 2, 2C, h, w) float16 of every image and its mirror image, labels (n,), and checksums (n, 2) of
-    both, which each read verifies. The moments stay in the files: memory does not grow with the data.
+    (n, 2, 2C, h, w) float16 of every image and its mirror image, labels (n,), and checksums (n, 2)
+    of both, which each read verifies. Moments stay in the files: memory does not grow with data.
     """
 
     SHARD = 2048
@@ -581,23 +574,18 @@ def latent_cache(args, data, vae, accelerator):
         for s, of_shard in plan.items():
             rows, broken = [], []
             for examples in itertools.islice(loaded, len(of_shard)):
-                good = [(image, label) for _, image, label in examples if image is not None]
                 broken += [[index, label] for index, image, label in examples if image is None]
-                rows += encode_both(vae, good, accelerator.device)
+                good = [(image, label) for _, image, label in examples if image is not None]
+                if good:
+                    x = torch.stack([image for image, _ in good]).to(accelerator.device)
+                    both = torch.stack([vae.encode(x), vae.encode(x.flip(3))], dim=1)
+                    moments = both.half().cpu().contiguous()  # (N, 2, 2C, h, w)
+                    rows += zip(moments, [label for _, label in good], strict=True)
                 progress.advance(len(examples))
             write_shard(shards[s], rows, broken, settings)
     accelerator.wait_for_everyone()
     counts = on_main(accelerator, finish_cache, folder, shards, settings, args.max_broken)
     return LatentCache(shards, counts)
-
-
-def encode_both(vae, examples, device):
-    """Pairs (image, label) -> pairs of moments (2, 2C, h, w) float16, mirrored second, and label."""
-    if not examples:
-        return []
-    x = torch.stack([image for image, _ in examples]).to(device)
-    both = torch.stack([vae.encode(x), vae.encode(x.flip(3))], dim=1)  # (N, 2, 2C, h, w)
-    return list(zip(both.half().cpu().contiguous(), [label for _, label in examples], strict=True))
 
 
 class NamedBroken(torch.utils.data.Dataset):
@@ -659,7 +647,6 @@ def check_cache(folder, shards, settings):
     for path, old in found.items():
         if changed := differences(old, settings):
             raise InputError(f"{path} is of another latent cache ({changed}): give another folder")
-    make_folder(folder)
     remove_leftovers(folder, CACHE_LEFTOVERS)
 
 
@@ -669,8 +656,8 @@ def finish_cache(folder, shards, settings, max_broken):
     broken = list(itertools.chain(*broken))
     index = folder / "index.json"
     if len(broken) > max_broken:
-        raise InputError(f"{len(broken)} images cannot be read, more than --max-broken {max_broken}: "
-                         f"{broken[-1][1]}")
+        raise InputError(f"{len(broken)} images cannot be read, more than --max-broken "
+                         f"{max_broken}: {broken[-1][1]}")
     if broken:
         print(f"latent cache: {len(broken)} broken images are left out, named in {index}")
     write_json(index, settings | dict(count=sum(counts), counts=counts, broken=broken))
@@ -686,7 +673,7 @@ def run_folder(args, data):
 
 
 def step_folders(folder):
-    """The folders checkpoints/0002000 ... of a run, oldest first; no others count as checkpoints."""
+    """The folders checkpoints/0002000 ... of a run, oldest first; no others count."""
     paths = (folder / "checkpoints").glob("*")
     return sorted(path for path in paths if re.fullmatch(STEP, path.name))
 
@@ -717,8 +704,8 @@ class Checkpoints:
     # noise of previews (it hangs on their seed alone).
 
     def save(self, step):
-        """Save the state as checkpoints/STEP, whole or not at all, and remove all but the newest."""
-        # With FSDP each process holds a share: all take part, and the main process gets everything.
+        """Save the state as checkpoints/STEP, whole or not at all, and keep the newest few."""
+        # With FSDP each process holds a share: all take part, and the main process gets it all.
         states, options = full_states()
         weights = states.get_model_state_dict(self.model, options=options)
         optimizer = states.get_optimizer_state_dict(self.model, self.optimizer, options=options)
@@ -730,29 +717,30 @@ class Checkpoints:
         on_main(self.accelerator, self.write, step, weights, state)
 
     def write(self, step, weights, state):
-        """Write the files of a checkpoint into a hidden folder, and rename that when it is whole."""
+        """Write a checkpoint's files into a hidden folder, and rename that when it is whole."""
         final = self.folder / "checkpoints" / f"{step:07d}"
         new = final.with_name(f".{final.name}.tmp")
         # The weights in a network without memory of its own, to be written as the EMA is.
         with torch.device("meta"):
             network = dit.DiT(**self.ema.config)
         network.load_state_dict(weights, assign=True)
+        metadata = self.ema.metadata | dict(step=step)
         try:
-            for name, weights_of in (("ema", self.ema), ("model", network)):
-                path = new / f"{name}.safetensors"
-                save_checkpoint(path, weights_of, step=step, **self.ema.metadata)
-            dit.write_atomically(new / "optimizer.pt", lambda path: torch.save(state, path))
-            files = {path.name: fingerprint(path) for path in sorted(new.iterdir())}
-            write_json(new / "state.json", dict(step=step, fingerprints=files))
-            remove_folder(final)
-            os.replace(new, final)
-            dit.sync_folder(final.parent)
-            for old in step_folders(self.folder)[: -self.keep]:
-                remove_folder(old)
-        except (InputError, OSError) as error:
+            with writing(final):
+                save_checkpoint(new / "ema.safetensors", self.ema, **metadata)
+                save_checkpoint(new / "model.safetensors", network, **metadata)
+                dit.write_atomically(new / "optimizer.pt", lambda path: torch.save(state, path))
+                files = {path.name: fingerprint(path) for path in sorted(new.iterdir())}
+                write_json(new / "state.json", dict(step=step, fingerprints=files))
+                # From here on the checkpoint counts; older ones have done their duty.
+                remove_folder(final)
+                os.replace(new, final)
+                dit.sync_folder(final.parent)
+                for old in step_folders(self.folder)[: -self.keep]:
+                    remove_folder(old)
+        except InputError as error:
             shutil.rmtree(new, ignore_errors=True)
-            reason = error if isinstance(error, InputError) else cannot_write(final, error)
-            raise InputError(f"{reason}; {self.last_good()}") from error
+            raise InputError(f"{error}; {self.last_good()}") from error
 
     def resume(self):
         """Load the newest intact checkpoint, if there is one; returns its step, else 0."""
@@ -775,7 +763,8 @@ class Checkpoints:
         return step
 
     def newest_intact(self):
-        """The name of the newest checkpoint whose files are as written; damaged ones are set aside."""
+        """The name of the newest checkpoint that is as written; newer ones are set aside."""
+        # The newest first: what is damaged, with the reason, until one is as it was written.
         damaged, found = {}, None
         for path in reversed(step_folders(self.folder)):
             try:
@@ -806,10 +795,7 @@ class Checkpoints:
 
 
 def full_states():
-    """torch's functions for the state of a model and its optimiser, and the option "all of it".
-
-    The main process has all of it then, also where FSDP has spread it over the processes.
-    """
+    """torch's functions for states, and the option that gives the main process all of FSDP's."""
     # Slow to import, and --help needs none of it.
     from torch.distributed.checkpoint import state_dict
 
@@ -841,13 +827,10 @@ class Log:
         return line
 
     def write(self, line):
-        try:
-            with open(self.path, "a") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise InputError(cannot_write(self.path, error)) from error
+        with writing(self.path), open(self.path, "a") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
     def best(self, name):
         """The line with the lowest value of a metric, or None."""
@@ -859,10 +842,10 @@ class Log:
 
         InputError when a line cannot be read, or there are fewer than the checkpoint saw.
         """
+        # A kill tears the last line alone, which has no end then: any other damage is refused.
         kept = []
         if not self.path.exists():
             return kept
-        # Only the last line can be torn, and it has no end then.
         for line in self.path.read_text(errors="replace").splitlines(keepends=True):
             try:
                 if "\ufffd" in line:
@@ -872,9 +855,11 @@ class Log:
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{self.path} is damaged at {line[:40]!r}: mend or remove that "
                                  "line") from error
+        # The checkpoint knows how many lines there were.
         if len(kept) < least:
-            raise InputError(f"{self.path} is damaged: {len(kept)} lines up to step {step} in place "
-                             f"of {least}; restore it, or delete it to resume without them")
+            raise InputError(
+                f"{self.path} is damaged: {len(kept)} lines up to step {step} in place of {least}; "
+                "restore it, or delete it to resume without them")
         dit.write_atomically(self.path, lambda new: new.write_text("".join(kept)))
         return [json.loads(line) for line in kept]
 
@@ -907,7 +892,7 @@ class RunningMeans:
         one = torch.ones_like(grad_norm)
         values = torch.cat([self.parts, torch.stack([grad_norm, one])])
         self.parts.zero_()
-        # A float16 gradient too large is the scaler's business: it skips the update and scales down.
+        # A float16 gradient too large is the scaler's business, which skips the update by itself.
         judged = values[:-2] if self.accelerator.scaler is not None else values
         finite = self.accelerator.reduce(judged.isfinite().all().float(), "mean") == 1
         self.sums += torch.where(finite & values.isfinite().all(), values, 0)
@@ -916,7 +901,7 @@ class RunningMeans:
         return finite
 
     def check(self, allowed, sampler, checkpoints):
-        """InputError when more steps than allowed have been left out because they are not finite."""
+        """InputError when more steps than allowed have been left out as not finite."""
         skipped, step = int(self.skipped), int(self.first_bad)
         if step >= 0 and skipped > allowed:
             raise InputError(
@@ -989,10 +974,11 @@ class Stopwatch:
         seconds = (time.perf_counter() - self.began) / steps
         waited = self.waited / steps
         flops = self.batch * self.flops_per_image / seconds
-        # Device memory is the most that was ever used; a CPU's what the process holds now.
+        # A GPU's memory is the most that was ever in use, a CPU's what the process holds now.
         device = self.accelerator.device
         cuda = device.type == "cuda"
-        used = torch.cuda.max_memory_allocated(device) if cuda else psutil.Process().memory_info().rss
+        held = psutil.Process().memory_info().rss
+        used = torch.cuda.max_memory_allocated(device) if cuda else held
         speed = dict(
             images_per_second=self.batch / seconds, step_seconds=seconds, data_seconds=waited,
             compute_seconds=seconds - waited, flops_per_second=flops, memory_gb=used / 1e9,
@@ -1061,11 +1047,12 @@ class Previews:
 
     def catch_up(self, step, last):
         """Do what was due at the step that a run resumes from, and that its end prevented."""
-        due = lambda: not self.picture(step).exists() and is_due(self.args.sample_every, step, last)
-        if on_main(self.accelerator, due):
+        due = what_is_due(self.args, step, last)
+        drawn = on_main(self.accelerator, self.picture(step).exists)
+        if "sample" in due and not drawn:
             self.draw(step)
         evaluated = [line for line in self.log.lines if line["step"] == step and "features" in line]
-        if not evaluated and is_due(self.args.eval_every, step, last):
+        if "eval" in due and not evaluated:
             self.evaluate(step)
 
 
@@ -1157,8 +1144,8 @@ def outlive_signals(closing, worker):
 
 # ---------------------------------------------------------- machinery: skip it on a first reading
 
-# The names of checkpoints, and of what a killed process leaves in the folders that it made; nothing
-# else there is ever removed. Those of folders end in a slash. `pid` is who wrote in a shared folder.
+# The names of checkpoints, and of what a killed process leaves in the folders that it made: nothing
+# else there is ever removed. Folders end in a slash; `pid` is who wrote in a shared folder.
 STEP = r"\d{7,}"
 PARTIAL = r"\.\d{1,9}\.tmp\.\w+"
 RUN_LEFTOVERS = rf"\.(config\.json|metrics\.jsonl|best\.safetensors){PARTIAL}|\.tmp[0-9A-Za-z]{{6}}"
@@ -1190,15 +1177,13 @@ def remove_folder(folder):
         shutil.rmtree(hidden)
 
 
-def make_folder(folder):
+@contextlib.contextmanager
+def writing(path):
+    """An InputError names the path when the system refuses to write it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
-
-
-def cannot_write(path, error):
-    return f"cannot write {path}: {error.strerror or error}"
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def differences(old, new):
@@ -1225,17 +1210,16 @@ def open_run(folder, settings, accelerator):
 
 def claim(lock, folder, settings):
     """Lock a run's folder, compare its settings with these, and sweep up after a kill."""
-    make_folder(folder)
-    try:
-        # The lock is the process's alone: filelock closes the file in the workers that it forks,
-        # so that one of them cannot hold it when the process is dead.
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / ".lock"):
         (folder / ".lock").touch()
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(f"another process trains in {folder}: give this run another --run-name"
-                         ) from error
-    except OSError as error:
-        raise InputError(cannot_write(folder / ".lock", error)) from error
+        # A dead process holds no lock: filelock closes the file in the workers that it forked.
+        try:
+            lock.acquire()
+        except Timeout as error:
+            reason = f"another process trains in {folder}: give this run another --run-name"
+            raise InputError(reason) from error
     if (folder / "config.json").exists() and step_folders(folder):
         check_settings(folder, json.loads(json.dumps(settings)))
     remove_leftovers(folder, RUN_LEFTOVERS)
@@ -1247,8 +1231,8 @@ def check_settings(folder, new):
     """InputError unless a run that has begun can be resumed with these settings."""
     old = read_json(folder / "config.json")
     # TF32 is the one sampling flag that training feels, too.
-    rules = {flag.dest: "free" for flag in SAMPLING_FLAGS} | dict(tf32="asked", num_processes="free")
-    rules |= {setting.dest: setting.resume for setting in ROWS}
+    rules = {flag.dest: "free" for flag in SAMPLING_FLAGS} | {row.dest: row.resume for row in ROWS}
+    rules |= dict(tf32="asked", num_processes="free")
     asked = {name: value for name, value in new.items() if rules.get(name, "asked") != "free"}
     fixed = {name: value for name, value in asked.items() if rules.get(name) == "fixed"}
     begun = f"{folder} was begun with other settings"
@@ -1261,7 +1245,7 @@ def check_settings(folder, new):
 
 
 def on_main(accelerator, work, *args):
-    """Do work(*args) on the main process; every process gets its result, or raises its InputError."""
+    """Do work(*args) on the main process; all processes get its result, or raise its InputError."""
     outcome = [None, None]
     if accelerator.is_main_process:
         try:
