@@ -1,74 +1,62 @@
-"""Train a DiT: data -> latents -> noise -> loss -> weights, on one CPU or many GPUs. Read evaluate.py first.
+"""Train a DiT: data -> latents -> noise -> loss -> weights, on one CPU or many GPUs.
 
-    accelerate launch train_accelerate.py                            digits, a tiny DiT, two CPU cores, two minutes
-    accelerate launch train_accelerate.py --data-path FOLDER --model DiT-B/4   your pictures, in class folders
+    accelerate launch train_accelerate.py                     digits, a tiny DiT, two CPU cores
+    accelerate launch train_accelerate.py \\
+        --data-path FOLDER --model DiT-B/4                    your pictures, a folder per class
     accelerate launch --config_file docs/accelerate/eight_gpus.yaml train_accelerate.py \\
-        --data-path ILSVRC/imagenet-1k --latent-cache latents --compile        the paper's DiT-XL/2, on eight GPUs
-    torchrun --nproc_per_node 2 train_accelerate.py                            two processes on a CPU
+        --data-path ILSVRC/imagenet-1k --latent-cache latents --compile     the paper, eight GPUs
+    torchrun --nproc_per_node 2 train_accelerate.py           two processes on a CPU
 
-One step, with images x, labels y, the process of gaussian_diffusion.py and the network eps_theta of dit.py:
+Read evaluate.py first. One step, with images x, labels y, the process of gaussian_diffusion.py and
+the network eps_theta of dit.py:
 
-    t ~ uniform steps, eps ~ normal        both functions of (seed, step, index in the global batch)
+    t ~ uniform steps, eps ~ normal       both functions of (seed, step, index in the global batch)
     x_t  = q_sample(latents(x), t, eps)
     loss = mean |eps - eps_theta(x_t, t, y)|^2 + L_vb
     AdamW step;  ema = decay * ema + (1 - decay) * weights
 
-The same command again goes on where the run stopped, and ends as if it had never stopped: nothing is drawn from hidden
-state. A run's folder must be one that all processes see.
+The same command again resumes the run where it stopped, and it ends as if it had never stopped:
+nothing is drawn from hidden state. All processes must see the run's folder.
 """
 
 import argparse
 import bisect
 import contextlib
 import copy
-import fcntl
 import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
-import resource
+import re
 import shutil
 import signal
-import sys
 import time
 import zlib
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
+import safetensors.torch
 import torch
 from accelerate import InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from filelock import FileLock, Timeout
 
 import dit
-from dit import (
-    InputError,
-    RankLocalError,
-    build_dit,
-    fingerprint,
-    load_checkpoint,
-    read_json,
-    run_command,
-    save_checkpoint,
-    write_atomically,
-    write_json,
-)
-from evaluate import (
-    BrokenImage,
-    add_data_args,
-    evaluate_model,
-    load_data,
-    load_features,
-    print_figures,
-    reference_set,
-)
+from dit import InputError, RankLocalError, fingerprint, read_json, save_checkpoint, write_json
+from evaluate import BrokenImage, add_data_args, evaluate_model, load_data, load_features
+from evaluate import print_figures as print_metrics
+from evaluate import reference_set as reference_features
 from gaussian_diffusion import create_diffusion
 from sample_grid import (
+    SAMPLING_FLAGS,
     Autoencoder,
+    Flag,
     ProgressBar,
+    add_flags,
     add_sampling_args,
     class_grid,
     make_accelerator,
@@ -76,126 +64,1037 @@ from sample_grid import (
     save_grid,
 )
 
-PAPER = dict(
-    model="DiT-XL/2", image_size=256, vae="ema", class_dropout_prob=0.1, global_batch_size=256, lr=1e-4, warmup_steps=0,
-    grad_clip=0.0, ema_decay=0.9999, mirror=True, epochs=1400, max_steps=None, num_workers=4, log_every=100,
-    ckpt_every=50_000, sample_every=50_000, eval_every=50_000, eval_samples=10_000, features="inception",
-    sampling=dict(num_sampling_steps=250),
-)
-DIGITS = dict(
-    model="DiT-Ti/2", image_size=8, vae="none", class_dropout_prob=0.1, global_batch_size=128, lr=4e-3,
-    warmup_steps=100, grad_clip=1.0, ema_decay=0.995, mirror=False, epochs=None, max_steps=1000, num_workers=0,
-    log_every=50, ckpt_every=500, sample_every=500, eval_every=1000, eval_samples=500, features="efficientnet-lite0",
-    sampling=dict(num_sampling_steps=50, cfg_scale=1.5),
-)
-# What may change when a run goes on: never FIXED, which gives the weights their shapes; always FREE; else if told to.
-FIXED = {"model", "image_size", "vae", "num_classes", "class_dropout_prob"}
-FREE = {
-    "results_dir", "run_name", "epochs", "max_steps", "num_workers", "num_processes", "log_every", "ckpt_every",
-    "keep_checkpoints", "sample_every", "eval_every", "eval_samples", "features", "tracker", "skip_nonfinite",
-    "max_broken", "allow_changes", "sampling", "sampler", "num_sampling_steps", "eta", "cfg_scale", "cfg_channels",
-    "guidance_interval", "dtype",
-}
-BOUNDS = {  # the smallest and the largest value that make sense
-    (1, math.inf): ("image_size", "num_classes", "global_batch_size", "epochs", "max_steps",
-                    "gradient_accumulation_steps", "log_every", "ckpt_every", "keep_checkpoints"),
-    (0, math.inf): ("lr", "warmup_steps", "grad_clip", "num_workers", "sample_every", "eval_every", "eval_samples",
-                    "skip_nonfinite", "max_broken"),
-    (0, 1): ("class_dropout_prob", "ema_decay"),
-}
-PEAK_FLOPS = {  # a device's dense float16 and bfloat16 peak, by how its name begins; TF32 has half of it
-    "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
 
-# ------------------------------------------------------------------------------------------------ randomness
+def main(args):
+    """Train. The flags and their values in each recipe are the table SETTINGS, below."""
+    # Unset flags take the recipe's values. Processes, devices and precision are accelerate's part.
+    fill_preset(args)
+    accelerator = start_accelerator(args)
+    device = accelerator.device
+
+    # All that the user gave is read and checked before anything is written: the images, and the
+    # autoencoder whose latents the network learns (none: the pixels are the latents).
+    columns = args.image_column, args.label_column
+    data = load_data(args.data_path, args.image_size, *columns, args.split)
+    vae = Autoencoder.load(args.vae, device, data.channels)
+    fit_to_data(args, data, vae, accelerator)
+    settings = vars(args) | dict(images=len(data), num_processes=accelerator.num_processes)
+    folder = run_folder(args, data)
+
+    # The network, its moving average (EMA), which samples better, and the process that adds noise.
+    network = build_network(args, vae, init=None if step_folders(folder) else args.init).to(device)
+    ema = copy.deepcopy(network).eval().requires_grad_(False)
+    diffusion = create_diffusion(learn_sigma=True)
+    ema.metadata = describe(args, data, vae, diffusion)
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0, fused=True)
+
+    log = Log(folder, accelerator)
+    previews = Previews(args, ema, vae, data, log, accelerator)
+    stop = StopSignals(folder, accelerator)
+    with stop, open_run(folder, settings, accelerator):
+        # With a cache the VAE encodes each image once, not once an epoch.
+        if args.latent_cache:
+            data = latent_cache(args, data, vae, accelerator)
+        if args.compile:
+            for block in network.blocks:  # all alike, so one compilation; in place: names stay
+                block.compile()
+        model, optimizer = accelerator.prepare(network.train(), adam)
+
+        # All that a run has to remember. Everything else is a function of the seed and the step.
+        means = RunningMeans(diffusion.loss_names, accelerator)
+        checkpoints = Checkpoints(folder, args, accelerator, model, ema, adam, means, log)
+        start, total = checkpoints.resume(), count_steps(args, len(data))
+        on_main(accelerator, write_json, folder / "config.json", settings)
+        previews.catch_up(start, total)
+
+        # Workers load this process's parts of the global batches ahead of the steps.
+        sampler = GlobalBatches(args, len(data), start, total, accelerator)
+        batches = read_batches(data, sampler, args.num_workers, pin_memory=device.type == "cuda")
+        stopwatch = Stopwatch(args, network, start, accelerator)
+        progress = ProgressBar(accelerator, "step", total, start)
+        with contextlib.closing(batches), progress:
+            for step in range(start, total):
+                stop.saved = False
+
+                # 1. The randomness of the step: a function of (seed, step, index in the batch).
+                t, drop, noise, vae_noise = draw_randomness(args, step, diffusion, network, device)
+
+                # 2. Forward and backward, one part of the batch after another: gradients add up.
+                for own in sampler.mine:
+                    batch = stopwatch.next(batches)
+                    images, y = (tensor.to(device, non_blocking=True) for tensor in batch)
+                    moments = images if args.latent_cache else vae.encode(images)
+                    x = vae.sample(moments, noise=vae_noise[own])  # (n, C, h, w)
+                    with accelerator.accumulate(model):
+                        labels = dict(y=y, drop=drop[own])
+                        losses = diffusion.training_losses(model, x, t[own], labels, noise[own])
+                        accelerator.backward(losses["loss"].mean())
+                    means.add(losses, x)
+
+                # 3. Update the weights, unless a number is not finite, and then the EMA.
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+                finite = means.end_step(step, full_tensor(norm))
+                lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
+                update_weights(accelerator, optimizer, lr, finite)
+                update_ema(ema, network, args.ema_decay, step)
+
+                # 4. Log, save, preview. What is saved before an evaluation cannot be lost in it.
+                done, stopping = step + 1, stop.agreed()
+                due = what_is_due(args, done, total)
+                saves = stopping or "ckpt" in due or "eval" in due
+                if saves or "log" in due:
+                    means.check(args.skip_nonfinite, sampler, checkpoints)
+                if "log" in due:
+                    line = log.append(done, lr=lr, **means.take(), **stopwatch.take(done))
+                    speed = line["images_per_second"]
+                    progress.note = f"loss {line['loss']:.4f}  {speed:.0f} images/s"
+                progress.advance()
+                with stopwatch.paused():
+                    if saves:
+                        checkpoints.save(done)
+                        stop.saved = True
+                    if stopping:
+                        stop.exit()
+                    if "sample" in due:
+                        previews.draw(done)
+                    if "eval" in due:
+                        previews.evaluate(done)
+    print_end(args, log, accelerator)
+
+
+# ------------------------------------------------------------------------------------ the settings
+
+
+class Setting(Flag):
+    """A row of SETTINGS: a flag of the command line, None until fill_preset fills it in.
+
+    paper, laptop: the value that it takes in each recipe when it is not given. bounds: the smallest
+    and the largest number that make sense. resume: whether a run can be resumed with another value:
+    "fixed" never, since its weights hang on it; "asked" with --allow-changes; "free" always.
+    """
+
+    def __init__(self, name, paper, laptop, bounds, resume, help, shown=None, **options):
+        self.recipes = dict(paper=paper, laptop=laptop)
+        self.resume = resume
+        # What argparse has to know follows from the kind of the values.
+        kind = type(laptop if paper is None else paper)
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is not type(None):
+            options["type"] = kind
+        # The help says a value as people do.
+        spoken = {"True": "on", "False": "off", "None": "none"}
+        for_paper, for_laptop = (spoken.get(str(value), str(value)) for value in (paper, laptop))
+        default = for_paper if paper == laptop else f"{for_laptop} for digits, else {for_paper}"
+        super().__init__(name, help, shown=shown or default, bounds=bounds, **options)
+
+
+ANY, FROM_0, FROM_1, SHARE = None, (0, math.inf), (1, math.inf), (0, 1)
+
+SETTINGS = {
+        #       flag                             the paper    laptop      bounds   on resume
+    "what": [
+        Setting("--data-path",                   "digits",    "digits",   ANY,     "asked",
+                "digits, a folder, or a hub id, see evaluate.py"),
+        Setting("--num-classes",                 None,        None,       FROM_1,  "fixed",
+                "number of classes", type=int, shown="the data's"),
+        Setting("--image-size",                  256,         8,          FROM_1,  "fixed",
+                "pixels"),
+        Setting("--mirror",                      True,        False,      ANY,     "asked",
+                "flip images at random"),
+        Setting("--model",                       "DiT-XL/2",  "DiT-Ti/2", ANY,     "fixed",
+                "the network, one of python dit.py's table"),
+        Setting("--vae",                         "ema",       "none",     ANY,     "fixed",
+                "ema, mse (stabilityai/sd-vae-ft-*), a hub id, a diffusers folder, or none"),
+        Setting("--class-dropout-prob",          0.1,         0.1,        SHARE,   "fixed",
+                "how often a label is hidden, 0 for no guidance"),
+        Setting("--init",                        None,        None,       ANY,     "asked",
+                "begin with these weights, to fine-tune them", shown="new ones", metavar="CKPT"),
+        Setting("--latent-cache",                None,        None,       ANY,     "asked",
+                "keep the VAE's moments here", shown="encode every time", metavar="DIR"),
+        Setting("--max-broken",                  100,         100,        FROM_0,  "free",
+                "images that a cache may leave out"),
+    ],
+    "how": [
+        Setting("--global-batch-size",           256,         128,        FROM_1,  "asked",
+                "images a step, over all processes"),
+        Setting("--epochs",                      1400,        None,       FROM_1,  "free",
+                "passes over the data"),
+        Setting("--max-steps",                   None,        1000,       FROM_1,  "free",
+                "steps; with --epochs, what ends first"),
+        Setting("--lr",                          1e-4,        4e-3,       FROM_0,  "asked",
+                "AdamW's learning rate"),
+        Setting("--warmup-steps",                0,           100,        FROM_0,  "asked",
+                "steps in which the learning rate rises to --lr"),
+        Setting("--grad-clip",                   0.0,         1.0,        FROM_0,  "asked",
+                "largest gradient norm, 0 for no limit"),
+        Setting("--ema-decay",                   0.9999,      0.995,      SHARE,   "asked",
+                "decay of the averaged weights, which warms up"),
+        Setting("--global-seed",                 0,           0,          ANY,     "asked",
+                "all randomness comes from it"),
+        Setting("--skip-nonfinite",              0,           0,          FROM_0,  "free",
+                "leave out N steps whose loss or gradient is not finite", metavar="N"),
+    ],
+    "machine": [
+        Setting("--mixed-precision",             None,        None,       ANY,     "asked",
+                "autocast of the network; weights stay float32",
+                choices=("no", "fp16", "bf16"), shown="as accelerate is configured, else no"),
+        Setting("--gradient-accumulation-steps", 1,           1,          FROM_1,  "asked",
+                "parts of a batch, one after the other"),
+        Setting("--gradient-checkpointing",      False,       False,      ANY,     "asked",
+                "less memory, a third more time"),
+        Setting("--compile",                     False,       False,      ANY,     "asked",
+                "torch.compile the network"),
+        Setting("--num-workers",                 4,           0,          FROM_0,  "free",
+                "processes that load images, for each process that trains"),
+    ],
+    "the run's folder": [
+        Setting("--results-dir",                 "results",   "results",  ANY,     "free",
+                "where runs are kept"),
+        Setting("--run-name",                    None,        None,       ANY,     "free",
+                "the run's folder in it", shown="data and model"),
+        Setting("--allow-changes",               False,       False,      ANY,     "free",
+                "resume with other settings than before"),
+        Setting("--log-every",                   100,         50,         FROM_1,  "free",
+                "steps between lines in metrics.jsonl"),
+        Setting("--ckpt-every",                  50_000,      500,        FROM_1,  "free",
+                "steps between checkpoints"),
+        Setting("--keep-checkpoints",            3,           3,          FROM_1,  "free",
+                "how many of the last are kept"),
+        Setting("--sample-every",                50_000,      500,        FROM_0,  "free",
+                "steps between sample grids, 0 for none"),
+        Setting("--eval-every",                  50_000,      1000,       FROM_0,  "free",
+                "steps between evaluations, 0 for none"),
+        Setting("--eval-samples",                10_000,      500,        FROM_0,  "free",
+                "images for an evaluation, 0 for none"),
+        Setting("--features",                    "inception", "efficientnet-lite0",ANY,     "free",
+                "the evaluation's feature network, see evaluate.py"),
+        Setting("--tracker",                     "none",      "none",     ANY,     "free",
+                "also log there", choices=("none", "tensorboard", "wandb")),
+    ],
+}
+ROWS = list(itertools.chain.from_iterable(SETTINGS.values()))
+
+# The sampling flags' values that travel with the weights, as a suggestion.
+SUGGESTED = dict(
+    paper=dict(num_sampling_steps=250), laptop=dict(num_sampling_steps=50, cfg_scale=1.5))
+
+
+def recipe(args):
+    """Which column of SETTINGS unset flags take their values from."""
+    return "laptop" if args.data_path in (None, "digits") else "paper"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Train a DiT. Unset flags take the digits demo's recipe, or the paper's.",
+        epilog="The same command again resumes the run where it stopped.")
+    for title, settings in SETTINGS.items():
+        add_flags(parser, title, settings)
+    add_data_args(parser)
+    add_sampling_args(parser)
+    return parser.parse_args(argv)
+
+
+def fill_preset(args):
+    """Unset flags take the values of the recipe. InputError for values that make no sense."""
+    # A run's length by one of the two leaves the recipe's other out.
+    limits = {"epochs", "max_steps"}
+    kept = limits if any(getattr(args, name) is not None for name in limits) else set()
+    column = recipe(args)
+    for setting in ROWS:
+        if getattr(args, setting.dest) is None and setting.dest not in kept:
+            setattr(args, setting.dest, setting.recipes[column])
+        if setting.bounds is not ANY:
+            setting.check(args)
+    if not args.eval_samples:
+        args.eval_every = 0
+
+    # An option that would do nothing is an error.
+    if args.latent_cache and args.vae == "none":
+        raise InputError("--latent-cache does nothing with --vae none: pixels need no encoding")
+    if args.tracker not in ("none", *map(str, get_available_trackers())):
+        raise InputError(f"--tracker {args.tracker} needs a package: pip install {args.tracker}")
+
+
+def start_accelerator(args):
+    return make_accelerator(
+        args.mixed_precision, args.tf32, project_dir=args.results_dir,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.tracker == "none" else args.tracker,
+        # Hours, because one process may have more latents to cache than another.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))])
+
+
+def fit_to_data(args, data, vae, accelerator):
+    """Check the settings against the data and the processes; take from the data what is unset."""
+    # Every process makes as many equal parts of the batch as the others.
+    parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    if args.global_batch_size % parts:
+        raise InputError(f"--global-batch-size {args.global_batch_size} must divide by processes x "
+                         f"accumulation steps = {parts}")
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise InputError("--mixed-precision fp16 does nothing on this device: use bf16 or no")
+    if args.image_size % vae.factor:
+        raise InputError(
+            f"--image-size {args.image_size} must divide by {vae.factor}, the VAE's downsampling")
+
+    # More classes than the data have are allowed; one is no condition: nothing to hide or guide.
+    largest = max(data.labels)
+    if args.num_classes is None:
+        args.num_classes = data.num_classes
+    if largest >= args.num_classes:
+        raise InputError(f"--num-classes {args.num_classes}, but the data has a label {largest}")
+    if args.num_classes == 1:
+        args.class_dropout_prob = 0.0
+
+
+def count_steps(args, size):
+    """Steps in all: --max-steps or --epochs of a data set's size, whichever ends first."""
+    by_epochs = math.inf
+    if args.epochs:
+        by_epochs = math.ceil(args.epochs * size / args.global_batch_size)
+    return min(by_epochs, args.max_steps or math.inf)
+
+
+def what_is_due(args, step, last):
+    """Which of log, ckpt, sample and eval are due after a step: every so many, and at the last."""
+    everys = {name: getattr(args, f"{name}_every") for name in ("log", "ckpt", "sample", "eval")}
+    return {name for name, every in everys.items()
+            if every > 0 and step > 0 and (step % every == 0 or step == last)}
+
+
+def describe(args, data, vae, diffusion):
+    """What travels with the weights, beside their step: what sampling and evaluating need."""
+    suggested = dict(SUGGESTED[recipe(args)])
+    for name in suggested:
+        if getattr(args, name) is not None:
+            suggested[name] = getattr(args, name)
+    metadata = dict(
+        data=data.name, class_names=data.class_names, vae=vae.name, image_size=args.image_size,
+        sampling=suggested, objective=diffusion.objective, data_path=args.data_path,
+    )
+    # The same pictures have to be found from another folder, too.
+    if args.data_path != "digits" and os.path.exists(args.data_path):
+        metadata["data_path"] = os.path.abspath(args.data_path)
+    given = {name: getattr(args, name) for name in ("image_column", "label_column", "split")}
+    return metadata | {name: value for name, value in given.items() if value is not None}
+
+
+# ----------------------------------------------------------------------------------- network, step
+
+
+def build_network(args, vae, init):
+    """A new DiT for the data, with the weights of the checkpoint `init` if it is not None.
+
+    The label table is new when it has another number of rows there, the position embedding when the
+    size differs. InputError when anything else has another shape.
+    """
+    # Initial weights depend on the seed alone, and are the same in every process.
+    torch.manual_seed(args.global_seed)
+    network = dit.build_dit(
+        args.model, input_size=args.image_size // vae.factor, in_channels=vae.channels,
+        num_classes=args.num_classes, class_dropout_prob=args.class_dropout_prob,
+    )
+    network.gradient_checkpointing = args.gradient_checkpointing
+    if init is None:
+        return network
+
+    # Positions are fixed sinusoids, and rows of other classes would mean nothing here.
+    own, given = network.state_dict(), dit.load_checkpoint(init).state_dict()
+    given["pos_embed"] = own["pos_embed"]
+    table = "y_embedder.embedding_table.weight"
+    rows, given_rows = len(own[table]), len(given[table])
+    if rows != given_rows:
+        dit.log_stderr(f"--init: the label table is new, {rows} rows in place of {given_rows}")
+        given[table] = own[table]
+    fits = lambda name: name in given and given[name].shape == own[name].shape
+    if wrong := [name for name in own if not fits(name)]:
+        raise InputError(f"--init {init} does not fit {args.model} here: "
+                         f"{', '.join(wrong[:3])} have other shapes")
+    network.load_state_dict(given)
+    return network
+
+
+def update_weights(accelerator, optimizer, lr, finite):
+    """AdamW's step with this learning rate; none where the tensor `finite` is False."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    # Fused AdamW skips its update on the device when found_inf is 1: no GPU-to-CPU wait. The scaler
+    # of float16 sets it by itself.
+    if accelerator.scaler is None:
+        optimizer.optimizer.found_inf = (~finite).float()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@torch.no_grad()
+def update_ema(ema, network, decay, step):
+    """ema = d * ema + (1 - d) * weights, with d rising to decay as (1 + step) / (10 + step)."""
+    d = min(decay, (1 + step) / (10 + step))
+    weights = [full_tensor(weight) for weight in network.parameters()]
+    torch._foreach_lerp_(list(ema.parameters()), weights, 1 - d)
+
+
+def full_tensor(tensor):
+    """The tensor itself, or all of what FSDP has spread over the processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+# -------------------------------------------------------------------------------------- randomness
 
 
 def seeded(device, *key):
-    """A generator whose numbers depend on the key alone: the same in every process, run and Python version."""
+    """A generator whose numbers depend on the key alone: the same in every process and run."""
     digest = bytes.fromhex(fingerprint(key))
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-class GlobalBatches(torch.utils.data.Sampler):
-    """This process's micro-batches of the steps from start to stop, each a list of (index, mirror).
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, count, epoch):
+    """The order of the data in an epoch: a permutation (count,)."""
+    return torch.randperm(count, generator=seeded("cpu", seed, "order", epoch))
 
-    The data are an endless stream, epoch after epoch, each in the order of a permutation that (seed, epoch) gives; step
-    s takes the stream's s-th global batch. It is cut into parts, processes x accumulation of them; process r of P takes
-    the parts r, P + r, 2P + r, ... one after the other: `mine`.
+
+class GlobalBatches(torch.utils.data.Sampler):
+    """This process's parts of the steps from start to stop, each a list of (index, mirror).
+
+    The data are an endless stream, epoch after epoch, each in its own order; step s takes the
+    stream's s-th global batch. It is cut into processes x accumulation parts, of which process r of
+    P takes r, P + r, 2P + r, ... one after the other: `mine`, where they lie in the batch.
     """
 
-    def __init__(self, args, size, start, stop, accelerator):
-        self.size, self.start, self.stop, self.seed, self.mirror = size, start, stop, args.global_seed, args.mirror
-        self.batch, rank, processes = args.global_batch_size, accelerator.process_index, accelerator.num_processes
-        self.mine = range(rank, processes * accelerator.gradient_accumulation_steps, processes)
-        self.part_size = self.batch // (processes * len(self.mine))
-        self.epoch, self.order = None, None
-
-    def part(self, number):
-        """Where a part lies in its global batch."""
-        return slice(number * self.part_size, (number + 1) * self.part_size)
+    def __init__(self, args, count, start, stop, accelerator):
+        self.seed = args.global_seed
+        self.mirror = args.mirror
+        self.batch = args.global_batch_size
+        self.count = count
+        self.steps = range(start, stop)
+        parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        size = self.batch // parts
+        mine = range(accelerator.process_index, parts, accelerator.num_processes)
+        self.mine = [slice(part * size, (part + 1) * size) for part in mine]
 
     def indices(self, step):
         """The data's indices in the global batch of a step."""
         indices = []
         for position in range(step * self.batch, (step + 1) * self.batch):
-            epoch, place = divmod(position, self.size)
-            if epoch != self.epoch:
-                self.epoch = epoch
-                self.order = torch.randperm(self.size, generator=seeded("cpu", self.seed, "order", epoch))
-            indices.append(int(self.order[place]))
+            epoch, place = divmod(position, self.count)
+            indices.append(int(epoch_order(self.seed, self.count, epoch)[place]))
         return indices
 
     def __iter__(self):
-        for step in range(self.start, self.stop):
+        for step in self.steps:
             flips = torch.rand(self.batch, generator=seeded("cpu", self.seed, "mirror", step)) < 0.5
-            examples = list(zip(self.indices(step), (flips & self.mirror).tolist(), strict=True))
-            yield from (examples[self.part(number)] for number in self.mine)
+            mirrors = (flips & self.mirror).tolist()
+            examples = list(zip(self.indices(step), mirrors, strict=True))
+            for own in self.mine:
+                yield examples[own]
 
 
-def draw_randomness(args, step, num_timesteps, latent_shape, device):
-    """Timesteps (B,), label drops (B,), noise and VAE noise (B, C, h, w) of a step's global batch, on every process.
+def draw_randomness(args, step, diffusion, network, device):
+    """Times (B,), label drops (B,), noise and VAE noise (B, C, h, w) of a step's global batch.
 
-    They are functions of (seed, step, index in the batch) and of the kind of device: a GPU's differ from a CPU's.
+    Every process draws all of them, and uses its own: they are functions of (seed, step, index in
+    the batch), and of the kind of device, since a GPU's random numbers differ from a CPU's.
     """
-    g, batch = seeded(device, args.global_seed, "noise", step), args.global_batch_size
-    t = torch.randint(num_timesteps, (batch,), generator=g, device=device)
-    drop = torch.rand(batch, generator=g, device=device) < args.class_dropout_prob
-    noise, vae_noise = (torch.randn(batch, *latent_shape, generator=g, device=device) for _ in range(2))
+    generator = seeded(device, args.global_seed, "noise", step)
+    batch, size = args.global_batch_size, network.input_size
+    shape = batch, network.in_channels, size, size
+    t = diffusion.draw_times(batch, generator)
+    drop = torch.rand(batch, generator=generator, device=device) < args.class_dropout_prob
+    noise = torch.randn(shape, generator=generator, device=device)
+    vae_noise = torch.randn(shape, generator=generator, device=device)
     return t, drop, noise, vae_noise
 
 
-# ------------------------------------------------------------------------------------------------ processes and signals
+# -------------------------------------------------------------------------------- the latent cache
 
 
-def on_main(accelerator, work, *args):
-    """Do work(*args) on the main process alone; every process gets its result, or raises its InputError."""
-    outcome = [None, None]
-    if accelerator.is_main_process:
+class LatentCache(torch.utils.data.Dataset):
+    """The VAE's moments of a data set on disk: cache[index, mirror] -> moments (2C, h, w), label.
+
+    Shards of SHARD images each, in the data set's order without its broken images, hold moments
+    (n, 2, 2C, h, w) float16 of every image and its mirror image, labels (n,), and checksums (n, 2)
+    of both, which each read verifies. Moments stay in the files: memory does not grow with data.
+    """
+
+    SHARD = 2048
+
+    def __init__(self, shards, counts):
+        self.shards = shards
+        self.starts = [0, *itertools.accumulate(counts)]
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def __getitem__(self, key):
+        index, mirror = key
+        shard = bisect.bisect_right(self.starts, index) - 1
+        row = index - self.starts[shard]
+        moments, labels, checksums = open_shard(self.shards[shard], os.getpid())
+        moments, label = moments[row, int(mirror)], int(labels[row])
+        if zlib.crc32(moments.numpy(), label) != checksums[row, int(mirror)]:
+            raise RankLocalError(f"{self.shards[shard]} is damaged: {MEND}")
+        return moments, label
+
+
+MEND = "delete it, and the same command makes it anew"
+
+
+def latent_cache(args, data, vae, accelerator):
+    """The data set's LatentCache in the folder of --latent-cache; the processes share its making.
+
+    Raises InputError if the folder's cache is of other data, another VAE or another crop, if a file
+    in it is damaged, and if more images than --max-broken cannot be read.
+    """
+    # What the latents depend on: a cache of anything else is refused.
+    folder, size = Path(args.latent_cache), LatentCache.SHARD
+    settings = dict(
+        data=data.name, images=len(data), labels=fingerprint(torch.tensor(list(data.labels))),
+        image_size=args.image_size, vae=vae.name, vae_weights=fingerprint(vae.vae.state_dict()),
+        shard_images=size,
+    )
+    shards = [folder / f"moments-{s:05d}.safetensors" for s in range(math.ceil(len(data) / size))]
+    on_main(accelerator, check_cache, folder, shards, settings)
+
+    # Each process makes its own of the missing shards, in batches of 32 images.
+    plan = {}
+    for s in range(accelerator.process_index, len(shards), accelerator.num_processes):
+        if not shards[s].exists():
+            images = torch.arange(s * size, min(len(data), (s + 1) * size))
+            plan[s] = [batch.tolist() for batch in images.split(32)]
+    batches = list(itertools.chain.from_iterable(plan.values()))
+    loaded = read_batches(NamedBroken(data), batches, args.num_workers, collate_fn=list)
+
+    # A shard appears whole when its last image is encoded: a kill costs no more than one shard.
+    total = sum(map(len, batches))
+    with ProgressBar(accelerator, "latents", total) as progress, contextlib.closing(loaded):
+        for s, of_shard in plan.items():
+            rows, broken = [], []
+            for examples in itertools.islice(loaded, len(of_shard)):
+                broken += [[index, label] for index, image, label in examples if image is None]
+                good = [(image, label) for _, image, label in examples if image is not None]
+                if good:
+                    x = torch.stack([image for image, _ in good]).to(accelerator.device)
+                    both = torch.stack([vae.encode(x), vae.encode(x.flip(3))], dim=1)
+                    moments = both.half().cpu().contiguous()  # (N, 2, 2C, h, w)
+                    rows += zip(moments, [label for _, label in good], strict=True)
+                progress.advance(len(examples))
+            write_shard(shards[s], rows, broken, settings)
+    accelerator.wait_for_everyone()
+    counts = on_main(accelerator, finish_cache, folder, shards, settings, args.max_broken)
+    return LatentCache(shards, counts)
+
+
+class NamedBroken(torch.utils.data.Dataset):
+    """data[index] as (index, image, label); a broken image as (index, None, what is wrong)."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, index):
         try:
-            outcome[0] = work(*args)
+            return index, *self.data[index]
+        except BrokenImage as error:
+            return index, None, str(error)
+
+
+def write_shard(path, rows, broken, settings):
+    """rows: pairs of moments (2, 2C, h, w), of an image and its mirror image, and label.
+
+    The bytes are made in memory: the temporary names that safetensors gives do not say whose they
+    are, and another run may be filling the same folder.
+    """
+    checksums = [[zlib.crc32(moments.numpy(), label) for moments in both] for both, label in rows]
+    tensors = dict(
+        moments=torch.stack([both for both, _ in rows]) if rows else torch.empty(0),
+        labels=torch.tensor([label for _, label in rows]),
+        checksums=torch.tensor(checksums),
+    )
+    header = dict(cache=json.dumps(dict(settings=settings, broken=broken)))
+    content = safetensors.torch.save(tensors, header)
+    dit.write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+@functools.cache
+def open_shard(path, process):
+    """A shard's moments, left in the file, and its labels and checksums; opened once a process."""
+    file = safetensors.safe_open(path, "pt")
+    return file.get_slice("moments"), file.get_tensor("labels"), file.get_tensor("checksums")
+
+
+def shard_header(path):
+    """A shard's settings, number of images, and broken images as [index, what is wrong].
+
+    InputError if it is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = json.loads(file.metadata()["cache"])
+            return header["settings"], len(file.get_tensor("labels")), header["broken"]
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): {MEND}") from error
+
+
+def check_cache(folder, shards, settings):
+    """Refuse a folder with a damaged file or a cache of other settings; sweep up after a kill."""
+    found = {path: shard_header(path)[0] for path in shards if path.exists()}
+    index = folder / "index.json"
+    if index.exists():
+        found[index] = read_json(index)
+    for path, old in found.items():
+        if changed := differences(old, settings):
+            raise InputError(f"{path} is of another latent cache ({changed}): give another folder")
+    remove_leftovers(folder, CACHE_LEFTOVERS)
+
+
+def finish_cache(folder, shards, settings, max_broken):
+    """Write index.json, which says what all the shards hold; returns their numbers of images."""
+    _, counts, broken = zip(*map(shard_header, shards), strict=True)
+    broken = list(itertools.chain(*broken))
+    index = folder / "index.json"
+    if len(broken) > max_broken:
+        raise InputError(f"{len(broken)} images cannot be read, more than --max-broken "
+                         f"{max_broken}: {broken[-1][1]}")
+    if broken:
+        print(f"latent cache: {len(broken)} broken images are left out, named in {index}")
+    write_json(index, settings | dict(count=sum(counts), counts=counts, broken=broken))
+    return counts
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def run_folder(args, data):
+    """Where the run lives: named after data and network unless it is given a name."""
+    return Path(args.results_dir) / (args.run_name or f"{data.name}-{args.model}".replace("/", "-"))
+
+
+def step_folders(folder):
+    """The folders checkpoints/0002000 ... of a run, oldest first; no others count."""
+    paths = (folder / "checkpoints").glob("*")
+    return sorted(path for path in paths if re.fullmatch(STEP, path.name))
+
+
+class Checkpoints:
+    """Save and resume all that a run remembers, in checkpoints/STEP of its folder:
+
+    model.safetensors, ema.safetensors: the weights and their moving average, each with its config
+    optimizer.pt: AdamW's moments, float16's loss scale, the means since the last log line, and how
+        many lines the log had
+    state.json: a fingerprint of each of these files; it is written last
+    """
+
+    def __init__(self, folder, args, accelerator, model, ema, optimizer, means, log):
+        self.folder = folder
+        self.keep = args.keep_checkpoints
+        self.seed = args.global_seed
+        self.accelerator = accelerator
+        self.model = model
+        self.ema = ema
+        self.optimizer = optimizer
+        self.means = means
+        self.log = log
+
+    # What is NOT saved, and why a resumed run is exact all the same: the state of random generators
+    # (draw_randomness makes the step's anew from seed and step), the position in the data
+    # (GlobalBatches counts it from the step), the learning rate (a function of the step), and the
+    # noise of previews (it hangs on their seed alone).
+
+    def save(self, step):
+        """Save the state as checkpoints/STEP, whole or not at all, and keep the newest few."""
+        # With FSDP each process holds a share: all take part, and the main process gets it all.
+        states, options = full_states()
+        weights = states.get_model_state_dict(self.model, options=options)
+        optimizer = states.get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
+        state = dict(
+            optimizer=optimizer, step=step, seed=self.seed, scaler=scaler,
+            lines=len(self.log.lines), **self.means.state(),
+        )
+        on_main(self.accelerator, self.write, step, weights, state)
+
+    def write(self, step, weights, state):
+        """Write a checkpoint's files into a hidden folder, and rename that when it is whole."""
+        final = self.folder / "checkpoints" / f"{step:07d}"
+        new = final.with_name(f".{final.name}.tmp")
+        # The weights in a network without memory of its own, to be written as the EMA is.
+        with torch.device("meta"):
+            network = dit.DiT(**self.ema.config)
+        network.load_state_dict(weights, assign=True)
+        metadata = self.ema.metadata | dict(step=step)
+        try:
+            with writing(final):
+                save_checkpoint(new / "ema.safetensors", self.ema, **metadata)
+                save_checkpoint(new / "model.safetensors", network, **metadata)
+                dit.write_atomically(new / "optimizer.pt", lambda path: torch.save(state, path))
+                files = {path.name: fingerprint(path) for path in sorted(new.iterdir())}
+                write_json(new / "state.json", dict(step=step, fingerprints=files))
+                # From here on the checkpoint counts; older ones have done their duty.
+                remove_folder(final)
+                os.replace(new, final)
+                dit.sync_folder(final.parent)
+                for old in step_folders(self.folder)[: -self.keep]:
+                    remove_folder(old)
         except InputError as error:
-            outcome[1] = str(error)
-    result, message = broadcast_object_list(outcome)
-    if message:
-        raise InputError(message)
-    return result
+            shutil.rmtree(new, ignore_errors=True)
+            raise InputError(f"{error}; {self.last_good()}") from error
+
+    def resume(self):
+        """Load the newest intact checkpoint, if there is one; returns its step, else 0."""
+        step, lines = 0, 0
+        if name := on_main(self.accelerator, self.newest_intact):
+            folder = self.folder / "checkpoints" / name
+            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            step, lines = state["step"], state["lines"]
+            states, options = full_states()
+            weights = safetensors.torch.load_file(folder / "model.safetensors")
+            states.set_model_state_dict(self.model, weights, options=options)
+            moments = state["optimizer"]
+            states.set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
+            self.ema.load_state_dict(safetensors.torch.load_file(folder / "ema.safetensors"))
+            self.means.load(state["window"], state["skipped"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        # What was logged after the checkpoint will be logged again.
+        self.log.lines = on_main(self.accelerator, self.log.cut, step, lines)
+        return step
+
+    def newest_intact(self):
+        """The name of the newest checkpoint that is as written; newer ones are set aside."""
+        # The newest first: what is damaged, with the reason, until one is as it was written.
+        damaged, found = {}, None
+        for path in reversed(step_folders(self.folder)):
+            try:
+                files = read_json(path / "state.json")["fingerprints"]
+                wrong = [name for name, value in files.items() if fingerprint(path / name) != value]
+                reason = ", ".join(wrong)
+            except (InputError, OSError, KeyError, AttributeError, TypeError) as error:
+                reason = str(error)
+            if not reason:
+                found = path
+                break
+            damaged[path] = reason
+        # Without any intact one nothing is touched: perhaps the user can restore a file.
+        if damaged and found is None:
+            where = self.folder / "checkpoints"
+            raise InputError(f"no checkpoint in {where} is whole: give another --run-name")
+        for path, reason in damaged.items():
+            aside = path.with_name(f"damaged-{path.name}")
+            dit.log_stderr(f"{path} is damaged ({reason}): set aside, the run resumes from {found}")
+            remove_folder(aside)
+            os.replace(path, aside)
+        return found and found.name
+
+    def last_good(self):
+        """Words for an error message: where the last checkpoint is."""
+        found = step_folders(self.folder)
+        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint is saved yet"
+
+
+def full_states():
+    """torch's functions for states, and the option that gives the main process all of FSDP's."""
+    # Slow to import, and --help needs none of it.
+    from torch.distributed.checkpoint import state_dict
+
+    return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+# -------------------------------------------------------------------------- log, means, speed
+
+
+class Log:
+    """metrics.jsonl of a run's folder: one JSON object a line, written by the main process.
+
+    lines: what it holds, as dicts, on every process.
+    """
+
+    def __init__(self, folder, accelerator):
+        self.folder = folder
+        self.path = folder / "metrics.jsonl"
+        self.accelerator = accelerator
+        self.lines = []
+
+    def append(self, step, **metrics):
+        """Add a line, and give its numbers to the tracker; returns the line."""
+        line = dict(step=step, **metrics)
+        self.lines.append(line)
+        on_main(self.accelerator, self.write, json.dumps(line) + "\n")
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        self.accelerator.log(numbers, step=step)
+        return line
+
+    def write(self, line):
+        with writing(self.path), open(self.path, "a") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def best(self, name):
+        """The line with the lowest value of a metric, or None."""
+        found = [line for line in self.lines if name in line]
+        return min(found, key=lambda line: line[name], default=None)
+
+    def cut(self, step, least):
+        """Cut off what was logged after a step, and a line that a kill broke off; returns the rest.
+
+        InputError when a line cannot be read, or there are fewer than the checkpoint saw.
+        """
+        # A kill tears the last line alone, which has no end then: any other damage is refused.
+        kept = []
+        if not self.path.exists():
+            return kept
+        for line in self.path.read_text(errors="replace").splitlines(keepends=True):
+            try:
+                if "\ufffd" in line:
+                    raise ValueError("not text")
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{self.path} is damaged at {line[:40]!r}: mend or remove that "
+                                 "line") from error
+        # The checkpoint knows how many lines there were.
+        if len(kept) < least:
+            raise InputError(
+                f"{self.path} is damaged: {len(kept)} lines up to step {step} in place of {least}; "
+                "restore it, or delete it to resume without them")
+        dit.write_atomically(self.path, lambda new: new.write_text("".join(kept)))
+        return [json.loads(line) for line in kept]
+
+
+class RunningMeans:
+    """Means since the last log line, over steps, parts of the batch and processes.
+
+    They are sums on the device, so that no step waits for it. A step whose loss or gradient is not
+    finite is left out, and counted.
+    """
+
+    def __init__(self, loss_names, accelerator):
+        self.accelerator = accelerator
+        self.loss_names = loss_names
+        self.names = (*loss_names, "latent_mean", "latent_square", "grad_norm")
+        device = accelerator.device
+        self.parts = torch.zeros(len(self.names) - 1, device=device)  # of the step in hand
+        self.sums = torch.zeros(len(self.names) + 1, device=device)  # the last counts steps
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.first_bad = torch.full_like(self.skipped, -1)
+
+    def add(self, losses, x):
+        """Add a part of the step's batch: its losses (n,) by name and its latents (n, C, h, w)."""
+        values = [losses[name].detach().mean() for name in self.loss_names]
+        values += [x.mean(), x.square().mean()]
+        self.parts += torch.stack(values) / self.accelerator.gradient_accumulation_steps
+
+    def end_step(self, step, grad_norm):
+        """Add the step itself; returns a bool tensor, whether it is finite on every process."""
+        one = torch.ones_like(grad_norm)
+        values = torch.cat([self.parts, torch.stack([grad_norm, one])])
+        self.parts.zero_()
+        # A float16 gradient too large is the scaler's business, which skips the update by itself.
+        judged = values[:-2] if self.accelerator.scaler is not None else values
+        finite = self.accelerator.reduce(judged.isfinite().all().float(), "mean") == 1
+        self.sums += torch.where(finite & values.isfinite().all(), values, 0)
+        self.skipped += ~finite
+        self.first_bad = torch.where(~finite & (self.first_bad < 0), step, self.first_bad)
+        return finite
+
+    def check(self, allowed, sampler, checkpoints):
+        """InputError when more steps than allowed have been left out as not finite."""
+        skipped, step = int(self.skipped), int(self.first_bad)
+        if step >= 0 and skipped > allowed:
+            raise InputError(
+                f"the loss or its gradient is not finite at step {step + 1}, on the images "
+                f"{sampler.indices(step)}; {checkpoints.last_good()}; --skip-nonfinite {skipped} "
+                "leaves such steps out"
+            )
+        self.first_bad.fill_(-1)
+
+    def take(self):
+        """The means of the log line, a dict; the next ones begin."""
+        *sums, steps = self.accelerator.reduce(self.sums, "mean").tolist()
+        self.sums.zero_()
+        means = {name: total / max(steps, 1) for name, total in zip(self.names, sums, strict=True)}
+        variance = means.pop("latent_square") - means["latent_mean"] ** 2
+        means["latent_std"] = math.sqrt(max(0, variance))
+        return means | dict(skipped_steps=int(self.skipped))
+
+    def state(self):
+        """Every process's own sums and the number of steps left out, for a checkpoint."""
+        window = self.accelerator.gather(self.sums[None]).cpu()  # (processes, names)
+        return dict(window=window, skipped=int(self.skipped))
+
+    def load(self, window, skipped):
+        """Each process takes its own sums again; if their number has changed, the mean."""
+        same = len(window) == self.accelerator.num_processes
+        self.sums.copy_(window[self.accelerator.process_index] if same else window.mean(0))
+        self.skipped.fill_(skipped)
+
+
+# A device's dense float16 and bfloat16 peak, by how its name begins; TF32 has half of it.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
+}
+
+
+class Stopwatch:
+    """How fast the steps since the last log line were, without what is done between steps."""
+
+    def __init__(self, args, network, step, accelerator):
+        self.accelerator = accelerator
+        self.batch = args.global_batch_size
+        # Backward costs twice forward, and a multiply-add is two operations.
+        self.flops_per_image = 3 * 2 * dit.count_macs(network.config)
+        self.restart(step)
+
+    def restart(self, step):
+        self.step = step
+        self.waited = 0.0
+        self.began = time.perf_counter()
+
+    def next(self, batches):
+        """The next of the batches; the time that it takes counts as waiting for data."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Saving and previews are no training time."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
+
+    def take(self, step):
+        """The speed of the log line after a step, a dict; the next measurement begins."""
+        steps = step - self.step
+        seconds = (time.perf_counter() - self.began) / steps
+        waited = self.waited / steps
+        flops = self.batch * self.flops_per_image / seconds
+        # A GPU's memory is the most that was ever in use, a CPU's what the process holds now.
+        device = self.accelerator.device
+        cuda = device.type == "cuda"
+        held = psutil.Process().memory_info().rss
+        used = torch.cuda.max_memory_allocated(device) if cuda else held
+        speed = dict(
+            images_per_second=self.batch / seconds, step_seconds=seconds, data_seconds=waited,
+            compute_seconds=seconds - waited, flops_per_second=flops, memory_gb=used / 1e9,
+        )
+        # Model flops utilisation (Chowdhery et al., 2022): the share of the devices' peak.
+        name = torch.cuda.get_device_name(device) if cuda else ""
+        peaks = [peak for prefix, peak in PEAK_FLOPS.items() if name.startswith(prefix)]
+        if peaks:
+            float32 = self.accelerator.mixed_precision == "no"
+            peak = peaks[0] * (0.5 if float32 else 1) * self.accelerator.num_processes
+            speed["mfu"] = flops / peak
+        self.restart(step)
+        return speed
+
+
+class Previews:
+    """Pictures and metrics of the EMA weights while they train, on all processes.
+
+    They use no randomness of the training, so that a run ends the same with and without them.
+    """
+
+    def __init__(self, args, ema, vae, data, log, accelerator):
+        self.args = args
+        self.ema = ema
+        self.vae = vae
+        self.data = data
+        self.log = log
+        self.accelerator = accelerator
+        self.diffusion, self.sampling = sampling_settings(args, ema, cfg_scale=1.0)
+        self.features = None
+        if args.eval_every:
+            self.features = load_features(args.features, accelerator.device)
+        # Of large data sets FID and Inception score alone: the other metrics keep every feature.
+        self.metrics = None if len(data) <= 50_000 else ("fid", "is")
+        self.reference = None
+
+    def picture(self, step):
+        return self.log.folder / "samples" / f"{step:07d}.png"
+
+    def draw(self, step):
+        """Write samples/STEP.png, from the same noise at every step."""
+        images, nrow, captions = class_grid(
+            self.ema, self.diffusion, self.vae, 4, self.args.global_seed, self.accelerator,
+            **self.sampling)
+        on_main(self.accelerator, save_grid, images, self.picture(step), nrow, captions)
+
+    def evaluate(self, step):
+        """Log metrics; the weights with the run's lowest FID, or FD, are kept: best.safetensors."""
+        # The data's own features are computed once, at the first evaluation.
+        if self.reference is None:
+            self.reference = reference_features(
+                self.data, self.features, self.accelerator, metrics=self.metrics,
+                num_workers=self.args.num_workers)
+        metrics = evaluate_model(
+            self.ema, self.diffusion, self.vae, self.reference, self.features,
+            self.args.eval_samples, self.accelerator, metrics=self.metrics,
+            seed=self.args.global_seed, **self.sampling)
+        # The best weights are written before the log says so: a kill between the two costs nothing.
+        name = self.features.distance.lower()
+        best = self.log.best(name)
+        if best is None or metrics[name] < best[name]:
+            metadata = self.ema.metadata | {"step": step, name: metrics[name]}
+            path = self.log.folder / "best.safetensors"
+            on_main(self.accelerator, lambda: save_checkpoint(path, self.ema, **metadata))
+        self.log.append(step, **metrics)
+
+    def catch_up(self, step, last):
+        """Do what was due at the step that a run resumes from, and that its end prevented."""
+        due = what_is_due(self.args, step, last)
+        drawn = on_main(self.accelerator, self.picture(step).exists)
+        if "sample" in due and not drawn:
+            self.draw(step)
+        evaluated = [line for line in self.log.lines if line["step"] == step and "features" in line]
+        if "eval" in due and not evaluated:
+            self.evaluate(step)
+
+
+def print_end(args, log, accelerator):
+    """Where the run is, its metrics, and what to type next."""
+    evaluations = [line for line in log.lines if "features" in line]
+    if evaluations and accelerator.is_main_process:
+        last = evaluations[-1]
+        print_metrics(last, log.folder.name)
+        name = "fid" if "fid" in last else "fd"
+        best = log.best(name)
+        where = log.folder / "best.safetensors"
+        print(f"best {name} {best[name]:.4f} at step {best['step']}: {where}")
+    accelerator.print(
+        f"run: {log.folder}\nsample: python sample_grid.py --ckpt {log.folder}\n"
+        f"evaluate: accelerate launch evaluate.py --ckpt {log.folder} --ref {args.data_path} "
+        f"--features {args.features}"
+    )
+
+
+# ----------------------------------------------------------------------------------------- signals
 
 
 class StopSignals:
-    """SIGTERM and SIGINT end the run after the step in hand, with its state saved and exit status 128 + n.
+    """SIGTERM and SIGINT end the run after the step in hand, saved, with exit status 128 + n.
 
-    While `saved` says that there is nothing to lose (caching, sampling, evaluating) they end it at once.
+    saved: True while everything done so far is on disk (while caching, sampling, evaluating); then
+    they end the run at once.
     """
 
-    def __init__(self, accelerator, folder):
-        self.accelerator, self.folder, self.number, self.saved = accelerator, folder, 0, True
-        # Processes ask each other through the CPU's memory, which does not wait for a GPU's queue of work.
-        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    def __init__(self, folder, accelerator):
+        self.folder = folder
+        self.accelerator = accelerator
+        self.number = 0
+        self.saved = True
+        # Processes ask each other through the CPU's memory, which need not wait for a GPU's queue.
+        several = accelerator.num_processes > 1
+        self.group = torch.distributed.new_group(backend="gloo") if several else None
 
     def __enter__(self):
-        self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = signal.SIGTERM, signal.SIGINT
+        self.previous = {number: signal.signal(number, self.handle) for number in numbers}
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():
@@ -216,24 +1115,57 @@ class StopSignals:
 
     def exit(self):
         name = signal.Signals(self.number).name
-        self.accelerator.print(f"stopped by {name}: the same command goes on from what is saved in {self.folder}")
+        self.accelerator.print(f"stopped by {name}: the same command resumes from what is saved in "
+                               f"{self.folder}")
         raise SystemExit(128 + self.number)
 
 
-def ignore_signals(worker):
-    """Workers leave signals to their process, which still needs them for the step in hand."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def make_folder(folder):
+def read_batches(data, sampler, workers, **options):
+    """The sampler's batches of data, loaded ahead by workers, which end when this is closed."""
+    closing = multiprocessing.RawValue("b", False)
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=sampler, num_workers=workers,
+        worker_init_fn=functools.partial(outlive_signals, closing), **options,
+    )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
+        yield from loader
+    finally:
+        closing.value = True
+
+
+def outlive_signals(closing, worker):
+    """A worker leaves signals to its process, which needs it for the step in hand.
+
+    When that is over it obeys SIGTERM, by which Python ends its workers, and then waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: closing.value and os._exit(0))
+
+
+# ---------------------------------------------------------- machinery: skip it on a first reading
+
+# The names of checkpoints, and of what a killed process leaves in the folders that it made: nothing
+# else there is ever removed. Folders end in a slash; `pid` is who wrote in a shared folder.
+STEP = r"\d{7,}"
+PARTIAL = r"\.\d{1,9}\.tmp\.\w+"
+RUN_LEFTOVERS = rf"\.(config\.json|metrics\.jsonl|best\.safetensors){PARTIAL}|\.tmp[0-9A-Za-z]{{6}}"
+SAMPLE_LEFTOVERS = rf"\.{STEP}\.png{PARTIAL}"
+CHECKPOINT_LEFTOVERS = rf"\.{STEP}\.tmp/|\.(damaged-)?{STEP}\.old\.tmp/"
+CACHE_LEFTOVERS = r"\.(moments-\d{5}\.safetensors|index\.json)\.(?P<pid>\d{1,9})\.tmp\.\w+"
+
+
+def remove_leftovers(folder, pattern):
+    """Remove what a killed process left in a folder: whatever has such a name as a whole."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = re.fullmatch(pattern, path.name + "/" * path.is_dir())
+        if found is None:
+            continue
+        # In a folder that runs share, a living process may still be writing its file.
+        pid = found.groupdict().get("pid")
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif pid is None or not psutil.pid_exists(int(pid)):
+            path.unlink(missing_ok=True)
 
 
 def remove_folder(folder):
@@ -245,731 +1177,86 @@ def remove_folder(folder):
         shutil.rmtree(hidden)
 
 
-def remove_leftovers(folder):
-    """Remove the temporary files and folders of a process that was killed while it wrote."""
-    for path in [*folder.rglob(".*.tmp*"), *folder.rglob(".tmp*")]:  # ours, and what safetensors names so
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+@contextlib.contextmanager
+def writing(path):
+    """An InputError names the path when the system refuses to write it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def differences(old, new):
-    return ", ".join(f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in new if old.get(name) != new[name])
+    """Words for what differs: of each name in `new`, what it was and what it is."""
+    changed = [name for name in new if old.get(name) != new[name]]
+    return ", ".join(f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in changed)
 
 
-# ------------------------------------------------------------------------------------------------ data
-
-
-def read_batches(data, sampler, workers, **options):
-    """The sampler's micro-batches of data, loaded ahead by workers, which end when this generator is closed."""
-    batches = iter(torch.utils.data.DataLoader(
-        data, batch_sampler=sampler, num_workers=workers, worker_init_fn=ignore_signals, **options
-    ))
+@contextlib.contextmanager
+def open_run(folder, settings, accelerator):
+    """The run's folder, locked against other processes while this is entered, and its tracker."""
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        yield from batches
+        on_main(accelerator, claim, lock, folder, settings)
+        if settings["tracker"] != "none":
+            accelerator.project_configuration.logging_dir = str(folder)
+            shown = {name: str(value) for name, value in settings.items()}
+            accelerator.init_trackers(folder.name, shown)
+        yield
     finally:
-        if workers:
-            batches._shutdown_workers()  # they ignore the signal by which Python would end them, and wait for them
+        accelerator.end_training()
+        lock.release()
 
 
-class LatentCache(torch.utils.data.Dataset):
-    """The VAE's moments of a data set, kept on disk: `cache[index, mirror]` -> (moments (2C, h, w) float16, label).
-
-    Shards of SHARD images each, in the data set's order without its broken images, hold moments (n, 2, 2C, h, w) of
-    every image and its mirror image, labels (n,), and checksums (n, 2) of both, which each read verifies. The moments
-    stay in the files: memory does not grow with the data.
-    """
-
-    SHARD = 2048
-
-    def __init__(self, shards, counts):
-        self.shards, self.starts = shards, [0, *itertools.accumulate(counts)]
-
-    def __len__(self):
-        return self.starts[-1]
-
-    def __getitem__(self, key):
-        index, mirror = key
-        shard = bisect.bisect_right(self.starts, index) - 1
-        row = index - self.starts[shard]
-        moments, labels, checksums = open_shard(self.shards[shard], os.getpid())
-        moments, label = moments[row, int(mirror)], int(labels[row])
-        if zlib.crc32(moments.numpy(), label) != checksums[row, int(mirror)]:
-            raise RankLocalError(f"{self.shards[shard]} is damaged: delete it, and the same command makes it anew")
-        return moments, label
-
-
-@functools.cache
-def open_shard(path, process):
-    """A shard's moments, left in the file, and its labels and checksums; every process opens the file for itself."""
-    file = safe_open(path, "pt")
-    return file.get_slice("moments"), file.get_tensor("labels"), file.get_tensor("checksums")
-
-
-def shard_header(path):
-    """A shard's settings, number of images, and broken images as [index, what is wrong]; InputError if damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads(file.metadata()["cache"])
-            return header["settings"], len(file.get_tensor("labels")), header["broken"]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}): delete it, and the same command makes it anew") from error
-
-
-def write_shard(path, rows, broken, settings):
-    """rows: pairs of moments (2, 2C, h, w), of an image and its mirror image, and label."""
-    checksums = [[zlib.crc32(moments.numpy(), label) for moments in both] for both, label in rows]
-    tensors = dict(
-        moments=torch.stack([both for both, _ in rows]) if rows else torch.empty(0),
-        labels=torch.tensor([label for _, label in rows]), checksums=torch.tensor(checksums),
-    )
-    header = dict(cache=json.dumps(dict(settings=settings, broken=broken)))
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
-
-
-class NamedBroken(torch.utils.data.Dataset):
-    """data[index] as (index, image, label); a broken image as (index, None, what is wrong)."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __getitem__(self, index):
+def claim(lock, folder, settings):
+    """Lock a run's folder, compare its settings with these, and sweep up after a kill."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / ".lock"):
+        (folder / ".lock").touch()
+        # A dead process holds no lock: filelock closes the file in the workers that it forked.
         try:
-            return index, *self.data[index]
-        except BrokenImage as error:
-            return index, None, str(error)
+            lock.acquire()
+        except Timeout as error:
+            reason = f"another process trains in {folder}: give this run another --run-name"
+            raise InputError(reason) from error
+    if (folder / "config.json").exists() and step_folders(folder):
+        check_settings(folder, json.loads(json.dumps(settings)))
+    remove_leftovers(folder, RUN_LEFTOVERS)
+    remove_leftovers(folder / "samples", SAMPLE_LEFTOVERS)
+    remove_leftovers(folder / "checkpoints", CHECKPOINT_LEFTOVERS)
 
 
-def check_cache(folder, shards, settings):
-    """Refuse a folder with a damaged file or the cache of other settings; remove what a kill has left half-written."""
-    found = {path: shard_header(path)[0] for path in shards if path.exists()}
-    if (index := folder / "index.json").exists():
-        found[index] = read_json(index)
-    for path, old in found.items():
-        if changed := differences(old, settings):
-            raise InputError(f"{path} is of another latent cache ({changed}): give another folder")
-    make_folder(folder)
-    remove_leftovers(folder)
+def check_settings(folder, new):
+    """InputError unless a run that has begun can be resumed with these settings."""
+    old = read_json(folder / "config.json")
+    # TF32 is the one sampling flag that training feels, too.
+    rules = {flag.dest: "free" for flag in SAMPLING_FLAGS} | {row.dest: row.resume for row in ROWS}
+    rules |= dict(tf32="asked", num_processes="free")
+    asked = {name: value for name, value in new.items() if rules.get(name, "asked") != "free"}
+    fixed = {name: value for name, value in asked.items() if rules.get(name) == "fixed"}
+    begun = f"{folder} was begun with other settings"
+    if changed := differences(old, fixed):
+        raise InputError(f"{begun} ({changed}): give another --run-name")
+    if (changed := differences(old, asked)) and not new["allow_changes"]:
+        raise InputError(f"{begun} ({changed}): --allow-changes resumes with the new ones")
+    if changed := differences(old, dict(num_processes=new["num_processes"])):
+        print(f"{changed}: results agree with those of an unchanged run up to rounding")
 
 
-def finish_cache(folder, shards, settings, max_broken):
-    """Write index.json, which says what all the shards hold; returns their numbers of images."""
-    _, counts, broken = zip(*map(shard_header, shards), strict=True)
-    broken = list(itertools.chain(*broken))
-    if len(broken) > max_broken:
-        raise InputError(f"{len(broken)} images cannot be read, more than --max-broken {max_broken}: {broken[-1][1]}")
-    if broken:
-        print(f"latent cache: {len(broken)} broken images are left out, named in {folder / 'index.json'}")
-    index = settings | dict(count=sum(counts), counts=counts, broken=broken)
-    write_json(folder / "index.json", index)
-    return counts
-
-
-def latent_cache(args, data, vae, accelerator):
-    """The data set's LatentCache in the folder of --latent-cache; all processes make the shards that it lacks.
-
-    Raises InputError if the folder's cache is of other data, another VAE or another crop, if a file in it is damaged,
-    and if more images than --max-broken cannot be read.
-    """
-    folder, size = Path(args.latent_cache), LatentCache.SHARD
-    settings = dict(
-        data=data.name, images=len(data), labels=fingerprint(torch.tensor(list(data.labels))),
-        image_size=args.image_size, vae=vae.name, vae_weights=fingerprint(vae.vae.state_dict()), shard_images=size,
-    )
-    shards = [folder / f"moments-{s:05d}.safetensors" for s in range(math.ceil(len(data) / size))]
-    on_main(accelerator, check_cache, folder, shards, settings)
-    mine = range(accelerator.process_index, len(shards), accelerator.num_processes)
-    missing = [s for s in mine if not shards[s].exists()]
-    batches = {s: torch.arange(s * size, min(len(data), (s + 1) * size)).split(32) for s in missing}
-    plan = [batch.tolist() for s in missing for batch in batches[s]]
-    loader = contextlib.closing(read_batches(NamedBroken(data), plan, args.num_workers, collate_fn=list))
-    with ProgressBar(accelerator, "latents", sum(map(len, plan))) as progress, loader as loaded:
-        for s in missing:
-            rows, broken = [], []
-            for examples in itertools.islice(loaded, len(batches[s])):
-                broken += [[index, label] for index, image, label in examples if image is None]
-                good = [(image, label) for _, image, label in examples if image is not None]
-                if good:
-                    x = torch.stack([image for image, _ in good]).to(accelerator.device)
-                    both = torch.stack([vae.encode(x), vae.encode(x.flip(3))], dim=1)  # (N, 2, 2C, h, w)
-                    rows += zip(both.half().cpu().contiguous(), [label for _, label in good], strict=True)
-                progress.advance(len(examples))
-            write_shard(shards[s], rows, broken, settings)
-    accelerator.wait_for_everyone()
-    return LatentCache(shards, on_main(accelerator, finish_cache, folder, shards, settings, args.max_broken))
-
-
-# ------------------------------------------------------------------------------------------------ the run's folder
-
-
-def whole_states():
-    """torch's functions for the state of a model and its optimiser, and the option that makes it whole.
-
-    The main process has all of it then, also where FSDP has spread it over the processes.
-    """
-    from torch.distributed.checkpoint import (
-        state_dict,  # slow to import, and --help needs none of it
-    )
-
-    return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-class Run:
-    """A run's folder: settings, log and checkpoints, all written by the main process; entering it locks it."""
-
-    def __init__(self, args, data, accelerator):
-        self.name = args.run_name or f"{data.name}-{args.model}".replace("/", "-")
-        self.folder, self.args, self.accelerator, self.lines = Path(args.results_dir) / self.name, args, accelerator, []
-        self.settings = vars(args) | dict(images=len(data), num_processes=accelerator.num_processes)
-        self.stop = StopSignals(accelerator, self.folder)
-
-    def checkpoints(self):
-        return sorted((self.folder / "checkpoints").glob("[0-9]*"))
-
-    def __enter__(self):
-        on_main(self.accelerator, self.open)
-        self.stop.__enter__()
-        if self.args.tracker != "none":
-            self.accelerator.project_configuration.logging_dir = str(self.folder)
-            self.accelerator.init_trackers(self.name, {name: str(value) for name, value in self.settings.items()})
-        return self
-
-    def __exit__(self, *exception):
-        self.accelerator.end_training()
-        self.stop.__exit__()
-        if self.accelerator.is_main_process:
-            self.lock.close()
-
-    def open(self):
-        """Lock the folder and compare the settings with those that the run was begun with."""
-        make_folder(self.folder)
+def on_main(accelerator, work, *args):
+    """Do work(*args) on the main process; all processes get its result, or raise its InputError."""
+    outcome = [None, None]
+    if accelerator.is_main_process:
         try:
-            self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - the lock ends with the process
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the workers do not inherit, unlike flock's
-        except (BlockingIOError, PermissionError) as error:
-            raise InputError(f"another process trains in {self.folder}: give this run another --run-name") from error
-        except OSError as error:
-            raise InputError(f"cannot write {self.folder / '.lock'}: {error.strerror}") from error
-        config, new = self.folder / "config.json", json.loads(json.dumps(self.settings))
-        if config.exists() and self.checkpoints():
-            old = read_json(config)
-            if fixed := differences(old, {name: new[name] for name in FIXED}):
-                raise InputError(f"{self.folder} was begun with other settings ({fixed}): give another --run-name")
-            changed = differences(old, {name: value for name, value in new.items() if name not in FREE})
-            if changed and not self.args.allow_changes:
-                raise InputError(f"{self.folder} was begun with other settings ({changed}): --allow-changes goes on so")
-            if processes := differences(old, {"num_processes": new["num_processes"]}):
-                print(f"{processes}: results agree with those of an unchanged run up to rounding")
-        remove_leftovers(self.folder)
-
-    def write_settings(self):
-        write_json(self.folder / "config.json", self.settings)
-
-    def log(self, step, **figures):
-        """Append a line to metrics.jsonl and give its numbers to the tracker."""
-        self.lines.append(dict(step=step, **figures))
-        on_main(self.accelerator, self.append, json.dumps(self.lines[-1]) + "\n")
-        self.accelerator.log({k: v for k, v in figures.items() if isinstance(v, int | float)}, step=step)
-
-    def append(self, line):
-        try:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise InputError(f"cannot write {self.folder / 'metrics.jsonl'}: {error.strerror}") from error
-
-    def cut_log(self, step, least):
-        """Cut from metrics.jsonl what was logged after a step, and a line that a kill broke off; returns the rest.
-
-        InputError when a line cannot be read, or there are fewer than the checkpoint saw.
-        """
-        path, lines = self.folder / "metrics.jsonl", []
-        if not path.exists():
-            return lines
-        for line in path.read_text(errors="replace").splitlines(keepends=True):
-            try:
-                if "\ufffd" in line:
-                    raise ValueError("not text")
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    lines.append(line)
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path} is damaged at {line[:40]!r}: mend or remove that line") from error
-        if len(lines) < least:
-            raise InputError(f"{path} is damaged: {len(lines)} lines up to step {step} in place of {least}; "
-                             "restore it, or delete it to go on without them")
-        write_atomically(path, lambda new: new.write_text("".join(lines)))
-        return [json.loads(line) for line in lines]
-
-    def best(self, name):
-        """The log's line with the lowest figure of a name, or None."""
-        return min((line for line in self.lines if name in line), key=lambda line: line[name], default=None)
-
-    def resume(self, model, ema, optimizer, window):
-        """Load this run's newest whole checkpoint into them, which `save` saves; returns its step, 0 without one."""
-        self.model, self.ema, self.optimizer, self.window = model, ema, optimizer, window
-        step, least, name = 0, 0, on_main(self.accelerator, self.newest_whole)
-        if name:
-            folder = self.folder / "checkpoints" / name
-            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            step, least = state["step"], state["lines"]
-            states, options = whole_states()
-            states.set_model_state_dict(model, load_file(folder / "model.safetensors"), options=options)
-            states.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
-            ema.load_state_dict(load_file(folder / "ema.safetensors"))
-            window.load(state["window"], state["skipped"])
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.lines = on_main(self.accelerator, self.cut_log, step, least)
-        on_main(self.accelerator, self.write_settings)  # once all that is there has been found whole
-        return step
-
-    def newest_whole(self):
-        """The name of the newest checkpoint whose files are as they were written; damaged newer ones are set aside."""
-        damaged = {}
-        for path in reversed(self.checkpoints()):
-            try:
-                files = read_json(path / "state.json")["fingerprints"]
-                damaged[path] = ", ".join(name for name, value in files.items() if fingerprint(path / name) != value)
-            except (InputError, OSError, KeyError, AttributeError, TypeError) as error:
-                damaged[path] = str(error)
-            if not damaged[path]:
-                break
-        else:
-            if damaged:
-                raise InputError(f"no checkpoint in {self.folder / 'checkpoints'} is whole: give another --run-name")
-            return None
-        del damaged[path]
-        for bad, reason in damaged.items():
-            print(f"{bad} is damaged ({reason}): set aside, the run goes on from {path}", file=sys.stderr)
-            remove_folder(bad.with_name(f"damaged-{bad.name}"))
-            os.replace(bad, bad.with_name(f"damaged-{bad.name}"))
-        return path.name
-
-    def save(self, step):
-        """Save the full state as checkpoints/STEP, whole or not at all, and keep the last --keep-checkpoints."""
-        states, options = whole_states()
-        weights = states.get_model_state_dict(self.model, options=options)
-        optimizer = states.get_optimizer_state_dict(self.model, self.optimizer, options=options)
-        scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
-        state = dict(optimizer=optimizer, step=step, seed=self.args.global_seed, scaler=scaler, lines=len(self.lines),
-                     **self.window.state())
-        on_main(self.accelerator, self.write, step, weights, state)
-        self.stop.saved = True
-
-    def write(self, step, weights, state):
-        final = self.folder / "checkpoints" / f"{step:07d}"
-        new = final.with_name(f".{final.name}.tmp")
-        try:
-            save_checkpoint(new / "ema.safetensors", self.ema, step=step, **self.ema.metadata)
-            write_atomically(new / "model.safetensors", lambda path: save_file(weights, path))
-            write_atomically(new / "optimizer.pt", lambda path: torch.save(state, path))
-            files = {path.name: fingerprint(path) for path in sorted(new.iterdir())}
-            write_json(new / "state.json", dict(step=step, fingerprints=files))
-            remove_folder(final)
-            os.replace(new, final)
-            dit.sync_folder(final.parent)
-            for old in self.checkpoints()[: -self.args.keep_checkpoints]:
-                remove_folder(old)
-        except (InputError, OSError) as error:
-            shutil.rmtree(new, ignore_errors=True)
-            reason = error if isinstance(error, InputError) else f"cannot write {final}: {error.strerror}"
-            raise InputError(f"{reason}; {self.last_good()}") from error
-
-    def last_good(self):
-        found = self.checkpoints()
-        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint has been saved yet"
-
-
-class Window:
-    """Sums over the steps since the last log line, kept on the device: true means over steps, accumulation, processes.
-
-    A step whose loss or gradient is not finite is left out of them, and counted.
-    """
-
-    NAMES = "loss", "mse", "vb", "latent_mean", "latent_square", "grad_norm", "steps"
-
-    def __init__(self, accelerator, batch, macs):
-        self.accelerator, self.batch, device = accelerator, batch, accelerator.device
-        self.flops_per_image = 3 * 2 * macs  # backward is twice forward, a multiply-add is two operations
-        self.sums = torch.zeros(len(self.NAMES), device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.first_bad = torch.full_like(self.skipped, -1)
-        self.restart_clock()
-
-    def restart_clock(self):
-        self.steps, self.data_seconds, self.began = 0, 0.0, time.perf_counter()
-
-    def next(self, batches):
-        """The next micro-batch; the time that it took is data_seconds."""
-        began = time.perf_counter()
-        batch = next(batches)
-        self.data_seconds += time.perf_counter() - began
-        return batch
-
-    def add(self, step, figures, grad_norm):
-        """Add a step; returns, without waiting for the device, whether to make its update: the same everywhere."""
-        figures = torch.stack([*figures, grad_norm, torch.ones_like(grad_norm)])
-        # In float16 a gradient too large is the scaler's business, which makes no update and scales it down.
-        judged = figures[:-2] if self.accelerator.scaler is not None else figures
-        good = self.accelerator.reduce(judged.isfinite().all().float(), "mean") == 1
-        self.sums += torch.where(good & figures.isfinite().all(), figures, 0)
-        self.skipped += ~good
-        self.first_bad = torch.where(~good & (self.first_bad < 0), step, self.first_bad)
-        self.steps += 1
-        return good
-
-    def check(self, allowed, sampler, run):
-        """InputError when more steps than allowed have been left out for a loss or a gradient that is not finite."""
-        skipped, step = int(self.skipped), int(self.first_bad)
-        if step >= 0 and skipped > allowed:
-            raise InputError(
-                f"the loss or its gradient is not finite at step {step + 1}, on the images {sampler.indices(step)}; "
-                f"{run.last_good()}; --skip-nonfinite {skipped} leaves such steps out"
-            )
-        self.first_bad.fill_(-1)
-
-    def means(self):
-        """The log line's figures; a new window begins."""
-        *sums, steps = self.accelerator.reduce(self.sums, "mean").tolist()
-        figures = {name: total / max(steps, 1) for name, total in zip(self.NAMES, sums, strict=False)}
-        figures["latent_std"] = math.sqrt(max(0, figures.pop("latent_square") - figures["latent_mean"] ** 2))
-        seconds, device = (time.perf_counter() - self.began) / self.steps, self.accelerator.device
-        cuda = device.type == "cuda"
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        figures |= dict(
-            skipped_steps=int(self.skipped), images_per_second=self.batch / seconds, step_seconds=seconds,
-            data_seconds=self.data_seconds / self.steps, compute_seconds=seconds - self.data_seconds / self.steps,
-            flops_per_second=self.batch * self.flops_per_image / seconds,
-            memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if cuda else kilobytes / 1e6,
-        )
-        name = torch.cuda.get_device_name(device) if cuda else ""
-        if peak := next((peak for prefix, peak in PEAK_FLOPS.items() if name.startswith(prefix)), None):
-            peak *= self.accelerator.num_processes * (0.5 if self.accelerator.mixed_precision == "no" else 1)
-            figures["mfu"] = figures["flops_per_second"] / peak
-        self.sums.zero_()
-        self.restart_clock()
-        return figures
-
-    def state(self):
-        """Every process's own sums and the steps left out, for a checkpoint."""
-        return dict(window=self.accelerator.gather(self.sums[None]).cpu(), skipped=int(self.skipped))
-
-    def load(self, sums, skipped):
-        """Each process takes its own sums again; if their number has changed, the mean."""
-        same = len(sums) == self.accelerator.num_processes
-        self.sums.copy_(sums[self.accelerator.process_index] if same else sums.mean(0))
-        self.skipped.fill_(skipped)
-
-
-class Previews:
-    """Pictures and figures of the EMA weights while they train, on all processes; no training randomness is used."""
-
-    def __init__(self, args, ema, vae, data, accelerator, run):
-        self.args, self.ema, self.vae, self.data, self.accelerator, self.run = args, ema, vae, data, accelerator, run
-        self.diffusion, self.sampling = sampling_settings(args, ema, cfg_scale=1.0)
-        self.network = load_features(args.features, accelerator.device) if args.eval_every else None
-        self.metrics = None if len(data) <= 50_000 else ("fid", "is")  # the others keep every image's features
-        self.reference = None
-
-    def draw(self, step):
-        """samples/STEP.png, from the same noise at every step."""
-        images, nrow, captions = class_grid(
-            self.ema, self.diffusion, self.vae, 4, self.args.global_seed, self.accelerator, **self.sampling)
-        on_main(self.accelerator, save_grid, images, self.run.folder / "samples" / f"{step:07d}.png", nrow, captions)
-
-    def evaluate(self, step):
-        """Figures into metrics.jsonl; the weights with the run's lowest FID, or FD, are kept in best.safetensors."""
-        if self.reference is None:
-            workers = self.args.num_workers
-            self.reference = reference_set(self.data, self.network, self.accelerator, self.metrics, num_workers=workers)
-        figures = evaluate_model(
-            self.ema, self.diffusion, self.vae, self.reference, self.network, self.args.eval_samples, self.accelerator,
-            metrics=self.metrics, seed=self.args.global_seed, **self.sampling,
-        )
-        name = self.network.distance.lower()
-        best = self.run.best(name)
-        if best is None or figures[name] < best[name]:
-            path = self.run.folder / "best.safetensors"
-            metadata = self.ema.metadata | {"step": step, name: figures[name]}
-            on_main(self.accelerator, lambda: save_checkpoint(path, self.ema, **metadata))
-        self.run.log(step, **figures)
-
-    def make_up(self, step, last):
-        """What was due at the step that a run goes on from, and that its end prevented."""
-        drawn = (self.run.folder / "samples" / f"{step:07d}.png").exists()
-        if on_main(self.accelerator, lambda: not drawn and is_due(self.args.sample_every, step, last)):
-            self.draw(step)
-        evaluated = any(line["step"] == step and "features" in line for line in self.run.lines)
-        if not evaluated and is_due(self.args.eval_every, step, last):
-            self.evaluate(step)
-
-
-# ------------------------------------------------------------------------------------------------ the training
-
-
-def build_network(args, vae, init):
-    """A new DiT for the data, with the weights of the checkpoint `init` if it is not None.
-
-    The label table is new when it has another number of rows there, the position embedding when the size differs.
-    """
-    torch.manual_seed(args.global_seed)
-    network = build_dit(
-        args.model, input_size=args.image_size // vae.factor, in_channels=vae.channels, num_classes=args.num_classes,
-        class_dropout_prob=args.class_dropout_prob,
-    )
-    network.gradient_checkpointing = args.gradient_checkpointing
-    if init is not None:
-        own, given = network.state_dict(), load_checkpoint(init).state_dict()
-        table = "y_embedder.embedding_table.weight"
-        given["pos_embed"] = own["pos_embed"]
-        if len(given[table]) != len(own[table]):
-            dit.log_stderr(f"--init: the label table is new, {len(own[table])} rows in place of {len(given[table])}")
-            given[table] = own[table]
-        if wrong := [name for name in own if name not in given or given[name].shape != own[name].shape]:
-            raise InputError(f"--init {init} does not fit {args.model} here: {', '.join(wrong[:3])} have other shapes")
-        network.load_state_dict(given)
-    return network
-
-
-def update_weights(accelerator, optimizer, lr, good):
-    """AdamW's step with this learning rate; none where the tensor `good` is False, which the host need not know."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    if accelerator.scaler is None:  # a scaler says so itself
-        optimizer.optimizer.found_inf = (~good).float()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def whole(tensor):
-    """The tensor itself, or all of what FSDP has spread over the processes."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-@torch.no_grad()
-def update_ema(ema, network, decay, step):
-    """ema = d * ema + (1 - d) * weights, with d rising to decay as (1 + step) / (10 + step)."""
-    d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), [whole(weight) for weight in network.parameters()], 1 - d)
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Train a DiT. Unset flags take the preset of the data: the digits demo's, or the paper's.",
-        epilog="The same command again goes on where the run stopped.",
-    )
-
-    def group(title):
-        return parser.add_argument_group(title).add_argument
-
-    def preset(add, flag, text, **kwargs):
-        name = flag[2:].replace("-", "_")
-        add(flag, help=f"{text} (default: {DIGITS[name]} for digits, else {PAPER[name]})", **kwargs)
-
-    add = group("what")
-    add("--data-path", default="digits", help="digits, a folder, or a hub id, see evaluate.py (default: %(default)s)")
-    add("--num-classes", type=int, help="number of classes (default: the data's)")
-    preset(add, "--image-size", "pixels", type=int)
-    preset(add, "--mirror", "flip images at random", action=argparse.BooleanOptionalAction)
-    preset(add, "--model", "the network, one of python dit.py's table")
-    preset(add, "--vae", "ema or mse (stabilityai/sd-vae-ft-*), a hub id, a diffusers folder, or none for pixels")
-    preset(add, "--class-dropout-prob", "how often a label is hidden, 0 for no guidance", type=float)
-    add("--init", metavar="CKPT", help="begin with these weights, to fine-tune them (default: new ones)")
-    add("--latent-cache", metavar="DIR", help="keep the VAE's moments of all images here (default: encode every time)")
-    add("--max-broken", type=int, default=100, help="images that a cache may leave out (default: %(default)s)")
-
-    add = group("how")
-    preset(add, "--global-batch-size", "images a step, over all processes", type=int)
-    preset(add, "--epochs", "passes over the data", type=int)
-    preset(add, "--max-steps", "steps; with --epochs, what ends first", type=int)
-    preset(add, "--lr", "AdamW's learning rate", type=float)
-    preset(add, "--warmup-steps", "steps in which the learning rate rises to --lr", type=int)
-    preset(add, "--grad-clip", "largest gradient norm, 0 for no limit", type=float)
-    preset(add, "--ema-decay", "decay of the averaged weights, which warms up", type=float)
-    add("--global-seed", type=int, default=0, help="all randomness comes from it (default: %(default)s)")
-    add("--skip-nonfinite", type=int, default=0, metavar="N",
-        help="leave out up to N steps whose loss or gradient is not finite (default: stop at the first)")
-
-    add = group("machine")
-    add("--mixed-precision", choices=("no", "fp16", "bf16"), help="autocast of the network; weights stay float32 "
-        "(default: as accelerate is configured, else no)")
-    add("--gradient-accumulation-steps", type=int, default=1, help="parts of a batch, one after the other (default: 1)")
-    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time (default: off)")
-    add("--compile", action="store_true", help="torch.compile the network (default: off)")
-    preset(add, "--num-workers", "processes that load images, for each process that trains", type=int)
-
-    add = group("the run's folder")
-    add("--results-dir", default="results", help="where runs are kept (default: %(default)s)")
-    add("--run-name", help="the run's folder in it (default: data and model)")
-    add("--allow-changes", action="store_true", help="go on with other settings than before (default: refuse)")
-    preset(add, "--log-every", "steps between lines in metrics.jsonl", type=int)
-    preset(add, "--ckpt-every", "steps between checkpoints", type=int)
-    add("--keep-checkpoints", type=int, default=3, help="how many of the last are kept (default: %(default)s)")
-    preset(add, "--sample-every", "steps between sample grids, 0 for none", type=int)
-    preset(add, "--eval-every", "steps between evaluations, 0 for none", type=int)
-    preset(add, "--eval-samples", "images for an evaluation, 0 for none", type=int)
-    preset(add, "--features", "the evaluation's feature network, see evaluate.py")
-    add("--tracker", choices=("none", "tensorboard", "wandb"), default="none", help="also log there (default: none)")
-    add_data_args(parser)
-    add_sampling_args(parser)
-    return parser.parse_args(argv)
-
-
-def fill_preset(args):
-    """Unset flags take the data's preset. InputError for values that make no sense."""
-    preset = DIGITS if args.data_path == "digits" else PAPER
-    if args.epochs is not None or args.max_steps is not None:
-        preset = preset | dict(epochs=args.epochs, max_steps=args.max_steps)
-    for name, value in preset.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    if not args.eval_samples:
-        args.eval_every = 0
-    for (low, high), names in BOUNDS.items():
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not low <= value <= high:
-                bound = f"{low} or more" if value < low else f"{high} or less"
-                raise InputError(f"--{name.replace('_', '-')} {value} must be {bound}")
-    if args.latent_cache and args.vae == "none":
-        raise InputError("--latent-cache does nothing with --vae none: pixels need no encoding")
-    if args.tracker not in ("none", *map(str, get_available_trackers())):
-        raise InputError(f"--tracker {args.tracker} needs a package: pip install {args.tracker}")
-
-
-def fit_to_data(args, data, vae, accelerator):
-    """Check the settings against the data and the processes, and take from the data what is unset."""
-    parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
-    if args.global_batch_size % parts:
-        raise InputError(
-            f"--global-batch-size {args.global_batch_size} must divide by processes x accumulation steps = {parts}"
-        )
-    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise InputError("--mixed-precision fp16 does nothing on this device: use bf16 or no")
-    if args.image_size % vae.factor:
-        raise InputError(f"--image-size {args.image_size} must divide by {vae.factor}, the VAE's downsampling")
-    args.num_classes = data.num_classes if args.num_classes is None else args.num_classes
-    if max(data.labels) >= args.num_classes:
-        raise InputError(f"--num-classes {args.num_classes}, but the data has a label {max(data.labels)}")
-    if args.num_classes == 1:
-        args.class_dropout_prob = 0.0  # one class is no condition: there is nothing to hide and nothing to guide
-
-
-def count_steps(args, size):
-    """Steps in all: --max-steps or --epochs of a data set's size, whichever ends first."""
-    by_epochs = math.ceil(args.epochs * size / args.global_batch_size) if args.epochs else math.inf
-    return min(by_epochs, args.max_steps or math.inf)
-
-
-def describe(args, data, vae):
-    """What travels with the weights, beside their step."""
-    suggested = args.sampling | {name: getattr(args, name) for name in args.sampling if getattr(args, name) is not None}
-    names = data.class_names
-    return dict(data=data.name, class_names=names, vae=vae.name, image_size=args.image_size, sampling=suggested)
-
-
-def is_due(every, step, last):
-    """Whether something is to be done after a step: at every so many, and at the last; never when every is 0."""
-    return every > 0 and step > 0 and (step % every == 0 or step == last)
-
-
-def print_end(args, run, accelerator):
-    """Where the run is, its figures, and what to type next."""
-    figures = [line for line in run.lines if "features" in line]
-    if figures and accelerator.is_main_process:
-        print_figures(figures[-1], run.name)
-        name = "fid" if "fid" in figures[-1] else "fd"
-        best = run.best(name)
-        print(f"best {name} {best[name]:.4f} at step {best['step']}: {run.folder}/best.safetensors")
-    accelerator.print(
-        f"run: {run.folder}\nsample: python sample_grid.py --ckpt {run.folder}\n"
-        f"evaluate: accelerate launch evaluate.py --ckpt {run.folder} --ref {args.data_path} --features {args.features}"
-    )
-
-
-def main(args):
-    fill_preset(args)
-    accelerator = make_accelerator(
-        args.mixed_precision, args.tf32, gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.tracker == "none" else args.tracker, project_dir=args.results_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],  # one may have more to cache than another
-    )
-    device, accumulation = accelerator.device, accelerator.gradient_accumulation_steps
-
-    # All that the user gave is read and checked before anything is written.
-    data = load_data(args.data_path, args.image_size, args.image_column, args.label_column, args.split)
-    vae = Autoencoder.load(args.vae, device, data.channels)
-    fit_to_data(args, data, vae, accelerator)
-    run = Run(args, data, accelerator)
-    network = build_network(args, vae, init=None if run.checkpoints() else args.init).to(device)
-    ema = copy.deepcopy(network).eval().requires_grad_(False)
-    ema.metadata = describe(args, data, vae)
-    diffusion = create_diffusion(learn_sigma=network.learn_sigma)
-    previews = Previews(args, ema, vae, data, accelerator, run)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0, fused=True)
-
-    with run:
-        if args.latent_cache:
-            data = latent_cache(args, data, vae, accelerator)
-        if args.compile:
-            for block in network.blocks:  # all alike: one compilation; in place, so that names of weights stay
-                block.compile()
-        model, optimizer = accelerator.prepare(network.train(), adam)
-        window = Window(accelerator, args.global_batch_size, dit.count_macs(network.config))
-        start, total = run.resume(model, ema, adam, window), count_steps(args, len(data))
-        previews.make_up(start, total)
-
-        sampler = GlobalBatches(args, len(data), start, total, accelerator)
-        batches = read_batches(data, sampler, args.num_workers, pin_memory=device.type == "cuda")
-        latent_shape = (network.in_channels, network.input_size, network.input_size)
-        with contextlib.closing(batches), ProgressBar(accelerator, "step", total, start) as progress:
-            for step in range(start, total):
-                run.stop.saved = False
-                t, drop, noise, vae_noise = draw_randomness(args, step, diffusion.num_timesteps, latent_shape, device)
-                figures = torch.zeros(5, device=device)
-                for part in sampler.mine:
-                    images, y = (tensor.to(device, non_blocking=True) for tensor in window.next(batches))
-                    own = sampler.part(part)
-                    moments = images if args.latent_cache else vae.encode(images)
-                    x = vae.sample(moments, noise=vae_noise[own])  # (n, C, h, w)
-                    with accelerator.accumulate(model):
-                        losses = diffusion.training_losses(model, x, t[own], dict(y=y, drop=drop[own]), noise[own])
-                        loss, mse, vb = (losses[name].mean() for name in ("loss", "mse", "vb"))
-                        accelerator.backward(loss)
-                    figures += torch.stack([loss, mse, vb, x.mean(), x.square().mean()]).detach() / accumulation
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-                good = window.add(step, figures, whole(grad_norm))
-                lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
-                update_weights(accelerator, optimizer, lr, good)
-                update_ema(ema, network, args.ema_decay, step)
-
-                done, stopping = step + 1, run.stop.agreed()
-                logs, saves, draws, evaluates = (
-                    is_due(every, done, total)
-                    for every in (args.log_every, args.ckpt_every, args.sample_every, args.eval_every)
-                )
-                saves = saves or evaluates or stopping  # so that a stop while evaluating loses nothing
-                if logs or saves:
-                    window.check(args.skip_nonfinite, sampler, run)
-                note = None
-                if logs:
-                    line = window.means()
-                    run.log(done, lr=lr, **line)
-                    note = f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s"
-                progress.advance(note=note)
-                paused = time.perf_counter()
-                if saves:
-                    run.save(done)
-                if stopping:
-                    run.stop.exit()
-                if draws:
-                    previews.draw(done)
-                if evaluates:
-                    previews.evaluate(done)
-                window.began += time.perf_counter() - paused
-    print_end(args, run, accelerator)
+            outcome[0] = work(*args)
+        except InputError as error:
+            outcome[1] = str(error)
+    result, message = broadcast_object_list(outcome)
+    if message:
+        raise InputError(message)
+    return result
 
 
 if __name__ == "__main__":
-    run_command(main, parse_args())
+    dit.run_command(main, parse_args())

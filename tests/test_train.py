@@ -1,4 +1,7 @@
-"""The trainer: exactness, kills, checkpoints, cache, signals, refusals. Two processes are forks of this one."""
+"""The trainer: exactness, kills, checkpoints, cache, signals, refusals.
+
+Two processes are forks of this one.
+"""
 
 import itertools
 import json
@@ -20,14 +23,17 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
+import dit
 import train_accelerate
 from dit import InputError, build_dit, load_checkpoint, save_checkpoint
 from train_accelerate import main, parse_args
 
-TIMING = {"images_per_second", "step_seconds", "data_seconds", "compute_seconds", "flops_per_second", "memory_gb"}
+TIMING = {"images_per_second", "step_seconds", "data_seconds", "compute_seconds",
+          "flops_per_second", "memory_gb"}
 ROOT = Path(__file__).parent.parent
-FLAGS = ["--max-steps", 6, "--global-batch-size", 8, "--ckpt-every", 2, "--log-every", 3, "--sample-every", 0,
-         "--eval-every", 0, "--num-sampling-steps", 2, "--warmup-steps", 2, "--lr", 0.002, "--run-name", "run"]
+FLAGS = ["--max-steps", 6, "--global-batch-size", 8, "--ckpt-every", 2, "--log-every", 3,
+         "--sample-every", 0, "--eval-every", 0, "--num-sampling-steps", 2, "--warmup-steps", 2,
+         "--lr", 0.002, "--run-name", "run"]
 
 
 def reset_accelerate():
@@ -43,7 +49,10 @@ def train(folder, *flags):
 
 
 def fork(work, environment=()):
-    """Start work() in a copy of this process; returns its id. Its exit status is 0, 1 for an exception, or its own."""
+    """Start work() in a copy of this process; returns its id.
+
+    Its exit status is 0, 1 for an exception, 2 for an InputError, or that of a SystemExit.
+    """
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -69,12 +78,20 @@ def wait(*pids):
 
 
 def fork_two(work):
-    """Start work() in two processes that accelerate takes for the ranks of one job; returns their ids."""
+    """Start work() in two processes that accelerate takes for the ranks of one job: their ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     job = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     return [fork(work, job | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
+
+
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def weights(run, name="model", step=6):
+    return load_file(run / "checkpoints" / f"{step:07d}" / f"{name}.safetensors")
 
 
 def lines(run):
@@ -99,12 +116,13 @@ def assert_same(run, other):
     assert tensors.keys() == other_tensors.keys() and len(tensors) > 100
     assert [name for name in tensors if not torch.equal(tensors[name], other_tensors[name])] == []
     assert list(run.rglob(".*tmp*")) == []
-    assert {p.relative_to(run) for p in run.rglob("*")} == {p.relative_to(other) for p in other.rglob("*")}
+    names = [{path.relative_to(root) for path in root.rglob("*")} for root in (run, other)]
+    assert names[0] == names[1]
 
 
 @pytest.fixture
 def quick_evaluation(monkeypatch):
-    """An evaluation that takes no time, of figures that fall and rise again: the best one is at the middle."""
+    """An evaluation that takes no time; its distance falls and rises: the best is at the middle."""
     class Network:
         distance = "FD"
 
@@ -114,7 +132,7 @@ def quick_evaluation(monkeypatch):
         return dict(fd=abs(math.sin(1e3 * step)), features="none", num_samples=3)
 
     monkeypatch.setattr(train_accelerate, "load_features", lambda name, device: Network())
-    monkeypatch.setattr(train_accelerate, "reference_set", lambda *args, **settings: None)
+    monkeypatch.setattr(train_accelerate, "reference_features", lambda *args, **settings: None)
     monkeypatch.setattr(train_accelerate, "evaluate_model", figures)
 
 
@@ -127,7 +145,7 @@ def whole_run(tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole"))
 
 
-# ------------------------------------------------------------------------------------------------ exactness
+# ---------------------------------------------------------------------------------------- exactness
 
 
 def die_at(write):
@@ -143,14 +161,15 @@ def die_at(write):
 
 
 def test_kills_at_every_write_leave_no_trace(tmp_path, quick_evaluation):
-    """SIGKILL before the 1st, then the 2nd, ... write or rename, each time going on, until a run ends by itself."""
+    """SIGKILL before one rename after another, each time resumed, until a run ends by itself."""
     whole = train(tmp_path / "whole", *PREVIEWS)
 
     def killed(write):
         die_at(write)
         train(tmp_path / "killed", *PREVIEWS)
 
-    statuses = [wait(fork(lambda n=n: killed(n)))[0] for n in [3, 4, 6, 7, 1, 8, 9, 10, 5, 12, 2, 11, 100]]
+    moments = [3, 4, 6, 7, 1, 8, 9, 10, 5, 12, 2, 11, 100]
+    statuses = [wait(fork(lambda n=n: killed(n)))[0] for n in moments]
     assert statuses[-1] == 0 and statuses.count(-signal.SIGKILL) >= 6, statuses
     assert_same(tmp_path / "killed" / "run", whole)
 
@@ -168,14 +187,16 @@ def test_a_kill_between_writes_resumes_exactly(tmp_path, whole_run, monkeypatch)
         train(tmp_path)
     monkeypatch.setattr(train_accelerate, "update_ema", original)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "loss": 0.1}\n{"step": 6, "lo')  # what a later step left, and a line half-written
+        # What a later step left, and a line half-written.
+        file.write('{"step": 5, "loss": 0.1}\n{"step": 6, "lo')
     assert_same(train(tmp_path), whole_run)
 
 
 def test_more_steps_later_are_as_if_asked_for_at_once(tmp_path, whole_run):
     train(tmp_path, "--max-steps", 3)
-    weights, whole = result(train(tmp_path))[1], result(whole_run)[1]
-    assert weights.keys() == whole.keys() and all(torch.equal(weights[name], whole[name]) for name in whole)
+    tensors, whole = result(train(tmp_path))[1], result(whole_run)[1]
+    assert tensors.keys() == whole.keys()
+    assert all(torch.equal(tensors[name], whole[name]) for name in whole)
 
 
 def test_two_processes_are_one_with_two_accumulation_steps(tmp_path):
@@ -208,15 +229,17 @@ def test_two_processes_resume_exactly(tmp_path):
 
 
 def test_ranks_of_fsdp_train_save_and_resume_as_those_of_ddp(tmp_path, monkeypatch):
-    """FSDP2 on two CPU processes: the same losses, and a resumed run equal to a whole one, bit for bit."""
+    """FSDP2 on two CPU processes: the same losses, and a resumed run equals a whole one."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     make = train_accelerate.make_accelerator
 
-    def sharded(*args, **kwargs):  # accelerate offers FSDP on GPUs alone; this says it to its state afterwards
+    def sharded(*args, **kwargs):
+        # accelerate offers FSDP on GPUs alone; this says it to its state afterwards.
         accelerator = make(*args, **kwargs)
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["DiTBlock"],
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["DiTBlock"],
             cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT",
         )
         for state in (AcceleratorState._shared_state, PartialState._shared_state):
@@ -235,21 +258,20 @@ def test_ranks_of_fsdp_train_save_and_resume_as_those_of_ddp(tmp_path, monkeypat
         assert [a["loss"], a["grad_norm"]] == pytest.approx([b["loss"], b["grad_norm"]], rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ what a step does
+# --------------------------------------------------------------------------------- what a step does
 
 
 def test_the_ema_moves_once_a_step_by_the_decay_that_warms_up(tmp_path):
     """From the saved weights of every step, with two micro-batches a step."""
-    run = train(tmp_path, "--gradient-accumulation-steps", 2, "--ckpt-every", 1, "--keep-checkpoints", 9,
-                "--ema-decay", 0.3)
+    run = train(tmp_path, "--gradient-accumulation-steps", 2, "--ckpt-every", 1,
+                "--keep-checkpoints", 9, "--ema-decay", 0.3)
     torch.manual_seed(0)
     name = "blocks.0.attn.qkv.weight"
     ema = build_dit("DiT-Ti/2", input_size=8, in_channels=1, num_classes=10).state_dict()[name]
     for step in range(6):
-        folder = run / "checkpoints" / f"{step + 1:07d}"
         d = min(0.3, (1 + step) / (10 + step))
-        ema = d * ema + (1 - d) * load_file(folder / "model.safetensors")[name]
-        assert torch.allclose(ema, load_file(folder / "ema.safetensors")[name], rtol=0, atol=1e-6)
+        ema = d * ema + (1 - d) * weights(run, "model", step + 1)[name]
+        assert torch.allclose(ema, weights(run, "ema", step + 1)[name], rtol=0, atol=1e-6)
 
 
 def test_logged_losses_are_means_over_all_steps_and_micro_batches(tmp_path):
@@ -261,20 +283,22 @@ def test_logged_losses_are_means_over_all_steps_and_micro_batches(tmp_path):
 
 
 def test_learning_rate_warms_up_by_the_step(tmp_path, whole_run):
-    assert [line["lr"] for line in lines(train(tmp_path, "--log-every", 1, "--warmup-steps", 4, "--lr", 0.004))] == \
-        pytest.approx([0.001, 0.002, 0.003, 0.004, 0.004, 0.004])
+    run = train(tmp_path, "--log-every", 1, "--warmup-steps", 4, "--lr", 0.004)
+    rates = [line["lr"] for line in lines(run)]
+    assert rates == pytest.approx([0.001, 0.002, 0.003, 0.004, 0.004, 0.004])
 
 
-def test_previews_leave_training_as_it_is_and_the_best_is_kept(tmp_path, whole_run, quick_evaluation):
+def test_previews_leave_training_as_it_is_and_keep_the_best(tmp_path, whole_run, quick_evaluation):
     run = train(tmp_path, *PREVIEWS)
-    for name, tensor in load_file(run / "checkpoints" / "0000006" / "model.safetensors").items():
-        assert torch.equal(tensor, load_file(whole_run / "checkpoints" / "0000006" / "model.safetensors")[name])
-    assert sorted(path.name for path in (run / "samples").iterdir()) == ["0000003.png", "0000006.png"]
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, weights(whole_run)[name])
+    assert {path.name for path in (run / "samples").iterdir()} == {"0000003.png", "0000006.png"}
     figures = {line["step"]: line["fd"] for line in lines(run) if "fd" in line}
     assert list(figures) == [2, 4, 6]
     best = load_checkpoint(run / "best.safetensors")
-    assert best.metadata["step"] == min(figures, key=figures.get) and best.metadata["fd"] == min(figures.values())
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["0000004", "0000006"]
+    assert best.metadata["step"] == min(figures, key=figures.get)
+    assert best.metadata["fd"] == min(figures.values())
+    assert checkpoints(run) == ["0000004", "0000006"]
 
 
 def test_two_processes_draw_the_grid_of_one(tmp_path):
@@ -289,7 +313,7 @@ def test_two_processes_draw_the_grid_of_one(tmp_path):
 def test_bfloat16_keeps_weights_in_float32_and_losses_near(tmp_path, whole_run):
     run = train(tmp_path, "--mixed-precision", "bf16", "--gradient-checkpointing")
     reset_accelerate()
-    assert {x.dtype for x in load_file(run / "checkpoints" / "0000006" / "ema.safetensors").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights(run, "ema").values()} == {torch.float32}
     a, b = lines(run)[-1]["loss"], lines(whole_run)[-1]["loss"]
     assert a != b and a == pytest.approx(b, rel=0.02)
 
@@ -300,7 +324,8 @@ def test_the_tracker_gets_what_the_log_gets(tmp_path):
     run = train(tmp_path, "--tracker", "tensorboard")
     events = [EventAccumulator(str(path)).Reload() for path in run.rglob("events*")]
     (scalars,) = [found.Scalars("loss") for found in events if "loss" in found.Tags()["scalars"]]
-    assert [(s.step, s.value) for s in scalars] == [(line["step"], pytest.approx(line["loss"])) for line in lines(run)]
+    logged = [(line["step"], pytest.approx(line["loss"])) for line in lines(run)]
+    assert [(scalar.step, scalar.value) for scalar in scalars] == logged
 
 
 @pytest.mark.slow
@@ -311,11 +336,13 @@ def test_a_compiled_network_saves_the_same_names_and_resumes(tmp_path, whole_run
     assert lines(run)[-1]["loss"] == pytest.approx(lines(whole_run)[-1]["loss"], rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------ when things go wrong
+# ----------------------------------------------------------------------------- when things go wrong
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_state_and_exits_with_its_number(tmp_path, number, monkeypatch, capfd, whole_run):
+def test_a_signal_saves_the_state_and_exits_with_its_number(
+    tmp_path, number, monkeypatch, capfd, whole_run,
+):
     original = train_accelerate.update_ema
 
     def signalled(ema, network, decay, step):
@@ -330,7 +357,7 @@ def test_a_signal_saves_the_state_and_exits_with_its_number(tmp_path, number, mo
         train(tmp_path)
     assert stop.value.code == 128 + number and signal.getsignal(number) == handler
     assert f"stopped by {number.name}" in capfd.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0000002", "0000003"]
+    assert checkpoints(tmp_path / "run") == ["0000002", "0000003"]
     run = train(tmp_path)
     assert result(run)[2] == result(whole_run)[2]
 
@@ -375,7 +402,8 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
         train(tmp_path)
     os.kill(first, signal.SIGKILL)
     assert wait(first) == [-9]
-    train(tmp_path, "--num-workers", 0)  # at once, though the dead process's worker may still be there
+    # At once, though the dead process's worker may still be there.
+    train(tmp_path, "--num-workers", 0)
 
 
 def test_other_settings_are_refused_allowed_or_free(tmp_path, whole_run):
@@ -384,9 +412,10 @@ def test_other_settings_are_refused_allowed_or_free(tmp_path, whole_run):
         train(tmp_path, "--lr", 0.1)
     with pytest.raises(InputError, match=r"class_dropout_prob was 0.1, now 0.2.*--run-name"):
         train(tmp_path, "--class-dropout-prob", 0.2, "--allow-changes")
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == 0.002
+    config = tmp_path / "run" / "config.json"
+    assert json.loads(config.read_text())["lr"] == 0.002
     run = train(tmp_path, "--lr", 0.1, "--allow-changes", "--max-steps", 7, "--num-workers", 1)
-    assert json.loads((run / "config.json").read_text())["lr"] == 0.1 and lines(run)[-1]["lr"] == 0.1
+    assert json.loads(config.read_text())["lr"] == 0.1 and lines(run)[-1]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("skip", [0, 2])
@@ -405,14 +434,18 @@ def test_a_loss_that_is_not_finite_stops_or_is_left_out(tmp_path, skip, monkeypa
         assert all(x.isfinite().all() for x in result(run)[1].values())
         assert result(run)[1]["optimizer.blocks.0.attn.qkv.weight.step"] == 4
     else:
-        with pytest.raises(InputError, match=r"not finite at step 4, on the images \[\d+, .*0000002"):
+        words = r"not finite at step 4, on the images \[\d+, .*0000002"
+        with pytest.raises(InputError, match=words):
             train(tmp_path, "--ckpt-every", 2)
-        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000002"]
+        assert checkpoints(tmp_path / "run") == ["0000002"]
 
 
-@pytest.mark.parametrize("name", ["ema.safetensors", "model.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["ema.safetensors", "model.safetensors", "optimizer.pt", "state.json"])
 @pytest.mark.parametrize("harm", ["flipped", "cut", "empty", "gone"])
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(tmp_path, whole_run, name, harm, capfd):
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(
+    tmp_path, whole_run, name, harm, capfd,
+):
     shutil.copytree(whole_run, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "0000006" / name
     data = bytearray(path.read_bytes())
@@ -436,23 +469,25 @@ def test_damage_to_all_checkpoints_is_refused_and_nothing_touched(tmp_path, whol
 
 
 def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    original = train_accelerate.save_file
+    original = dit.save_file
 
     def full(tensors, path, metadata=None):
-        if "0000004" in str(path):
+        if ".0000004.tmp/.model" in str(path):
             Path(path).write_bytes(b"part")
             raise OSError(28, "No space left on device")
         original(tensors, path, metadata)
 
-    monkeypatch.setattr(train_accelerate, "save_file", full)
-    with pytest.raises(InputError, match=r"cannot write .*0000004.*No space left.*last good checkpoint is .*0000002"):
+    monkeypatch.setattr(dit, "save_file", full)
+    words = r"cannot write .*0000004.*No space left.*last good checkpoint is .*0000002"
+    with pytest.raises(InputError, match=words):
         train(tmp_path)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000002"]
+    assert checkpoints(tmp_path / "run") == ["0000002"]
 
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--num-classes", 9], "--num-classes 9, but the data has a label 9"),
-    (["--global-batch-size", 9, "--gradient-accumulation-steps", 2], "divide by processes x accumulation steps = 2"),
+    (["--global-batch-size", 9, "--gradient-accumulation-steps", 2],
+     "divide by processes x accumulation steps = 2"),
     (["--latent-cache", "cache"], "--latent-cache does nothing with --vae none"),
     (["--log-every", 0], "--log-every 0 must be 1 or more"),
     (["--ema-decay", 2], "--ema-decay 2.0 must be 1 or less"),
@@ -477,32 +512,101 @@ def test_settings_are_parsed_from_presets_and_flags():
     assert train_accelerate.count_steps(args, 1797) == math.ceil(2 * 1797 / args.global_batch_size)
     args = parse_args(["--data-path", "anything", "--lr", "0.5"])
     train_accelerate.fill_preset(args)
-    assert (args.model, args.global_batch_size, args.ema_decay, args.lr) == ("DiT-XL/2", 256, 0.9999, 0.5)
+    assert (args.model, args.global_batch_size, args.ema_decay) == ("DiT-XL/2", 256, 0.9999)
+    assert args.lr == 0.5
 
 
-# ------------------------------------------------------------------------------------------------ fine-tuning
+def test_every_setting_says_what_a_change_means_and_the_help_speaks_english(capsys):
+    assert {row.resume for row in train_accelerate.ROWS} == {"fixed", "asked", "free"}
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f"{row.name} " in text for row in train_accelerate.ROWS)
+    assert "None" not in text and "False" not in text and "True" not in text
+
+
+def test_weights_say_what_they_are_and_where_their_data_lie(tmp_path, pictures, monkeypatch):
+    """The raw weights load as the EMA does, with the same config and metadata."""
+    monkeypatch.chdir(pictures)
+    flags = ["--data-path", "data", "--vae", "none", "--image-size", 16, "--model", "DiT-Ti/2"]
+    run = train(tmp_path, *flags, "--num-workers", 0, "--max-steps", 2)
+    files = run / "checkpoints" / "0000002"
+    model, ema = (load_checkpoint(files / f"{name}.safetensors") for name in ("model", "ema"))
+    assert model.config == ema.config and model.metadata == ema.metadata
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, load_file(files / "model.safetensors")[name])
+    assert model.metadata["data_path"] == str(pictures / "data") and model.metadata["step"] == 2
+    assert model.metadata["objective"] == "ddpm" and "image_column" not in model.metadata
+
+
+# ----------------------------------------------------------------------------- whose files they are
+
+
+def grow(folder, *names):
+    """Files with text in them; returns what they hold."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"a person's {name}")
+    return {folder / name: (folder / name).read_text() for name in names}
+
+
+def test_only_names_of_its_own_are_removed_from_a_cache(tmp_path, pictures, small_shards):
+    """Not a person's files, nor those that another run is writing at this moment."""
+    theirs = grow(tmp_path / "cache", ".tmp_drawings/1.txt", "app/deep/.env.tmpl", ".notes.tmp.txt",
+                  ".tmpABCDEF", "sub/.index.json.999999999.tmp.json", ".index.json.tmp.json",
+                  f".moments-00001.safetensors.{os.getppid()}.tmp.safetensors")
+    dead = grow(tmp_path / "cache", ".moments-00001.safetensors.999999999.tmp.safetensors",
+                ".index.json.999999998.tmp.json")
+    cached(tmp_path, pictures, "--max-steps", 1)
+    assert {path: path.read_text() for path in theirs} == theirs
+    assert not [path for path in dead if path.exists()]
+
+
+def test_only_names_of_its_own_are_removed_from_a_run(tmp_path, whole_run, capfd):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    for name in ("0000002-keep", "1-best-so-far", "best"):
+        shutil.copytree(run / "checkpoints" / "0000006", run / "checkpoints" / name)
+    theirs = grow(run, ".tmp_drawings/1.txt", ".notes.tmp.txt", "samples/.0000004.png.tmp",
+                  "checkpoints/.mine.tmp/1.txt", "checkpoints/1-best-so-far/notes.txt")
+    left = grow(run, ".best.safetensors.123.tmp.safetensors", ".tmpTYjvfW",
+                "samples/.0000004.png.123.tmp.png", "checkpoints/.0000006.tmp/.tmpTYjvfW",
+                "checkpoints/.damaged-0000006.old.tmp/optimizer.pt")
+    train(tmp_path, "--max-steps", 10, "--keep-checkpoints", 1)
+    kept = {"0000010", "0000002-keep", "1-best-so-far", "best", ".mine.tmp"}
+    assert set(checkpoints(run)) == kept and "damaged" not in capfd.readouterr().err
+    assert {path: path.read_text() for path in theirs} == theirs
+    assert not [path for path in left if path.exists() or path.parent.name.endswith(".tmp")
+                and path.parent.exists()]
+
+
+# -------------------------------------------------------------------------------------- fine-tuning
 
 
 def test_init_takes_the_weights_and_makes_a_new_label_table(tmp_path, capfd):
     given = build_dit("DiT-Ti/2", input_size=16, in_channels=1, num_classes=4)
-    torch.nn.init.normal_(given.blocks[1].adaLN_modulation[-1].weight)
+    gates = given.blocks[1].adaLN_modulation[-1].weight
+    torch.nn.init.normal_(gates)
     save_checkpoint(tmp_path / "given.safetensors", given)
     run = train(tmp_path, "--init", tmp_path / "given.safetensors", "--lr", 0, "--max-steps", 2)
     assert "label table is new, 11 rows in place of 5" in capfd.readouterr().err
-    weights = load_file(run / "checkpoints" / "0000002" / "ema.safetensors")
-    assert torch.equal(weights["blocks.1.adaLN_modulation.1.weight"], given.blocks[1].adaLN_modulation[-1].weight)
-    assert weights["pos_embed"].shape == (1, 16, 96) and weights["y_embedder.embedding_table.weight"].shape == (11, 96)
+    found = weights(run, "ema", 2)
+    assert torch.equal(found["blocks.1.adaLN_modulation.1.weight"], gates)
+    assert found["pos_embed"].shape == (1, 16, 96)
+    assert found["y_embedder.embedding_table.weight"].shape == (11, 96)
     (tmp_path / "given.safetensors").unlink()
-    train(tmp_path, "--init", tmp_path / "given.safetensors", "--lr", 0)  # goes on from its own checkpoint
+    # It resumes from its own checkpoint.
+    train(tmp_path, "--init", tmp_path / "given.safetensors", "--lr", 0)
 
 
 def test_init_with_other_shapes_is_refused(tmp_path):
-    save_checkpoint(tmp_path / "given.safetensors", build_dit("DiT-Ti/2", input_size=8, in_channels=1, hidden_size=48))
+    narrow = build_dit("DiT-Ti/2", input_size=8, in_channels=1, hidden_size=48)
+    save_checkpoint(tmp_path / "given.safetensors", narrow)
     with pytest.raises(InputError, match="does not fit DiT-Ti/2"):
         train(tmp_path, "--init", tmp_path / "given.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------ the latent cache
+# --------------------------------------------------------------------------------- the latent cache
 
 
 @pytest.fixture(scope="module")
@@ -518,7 +622,8 @@ def pictures(tmp_path_factory):
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.5, shift_factor=0.1,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.5,
+        shift_factor=0.1,
     )
     vae.save_pretrained(folder / "vae")
     return folder
@@ -527,8 +632,8 @@ def pictures(tmp_path_factory):
 def cached(folder, pictures, *flags):
     train_accelerate.open_shard.cache_clear()
     return train(
-        folder, "--data-path", pictures / "data", "--vae", pictures / "vae", "--image-size", 16, "--model", "DiT-Ti/2",
-        "--num-workers", 0, "--latent-cache", Path(folder) / "cache", *flags,
+        folder, "--data-path", pictures / "data", "--vae", pictures / "vae", "--image-size", 16,
+        "--model", "DiT-Ti/2", "--num-workers", 0, "--latent-cache", Path(folder) / "cache", *flags,
     )
 
 
@@ -543,11 +648,13 @@ def tree(folder):
 
 def test_training_from_the_cache_is_training_from_the_pictures(tmp_path, pictures, small_shards):
     run = cached(tmp_path / "with", pictures)
-    assert sorted(tree(tmp_path / "with" / "cache"))[1:] == [f"moments-0000{i}.safetensors" for i in range(4)]
+    names = ["index.json", *(f"moments-0000{i}.safetensors" for i in range(4))]
+    assert sorted(tree(tmp_path / "with" / "cache")) == names
     index = json.loads((tmp_path / "with" / "cache" / "index.json").read_text())
     assert index["count"] == 23 and index["counts"] == [6, 6, 6, 5] and index["broken"] == []
-    without = train(tmp_path / "without", "--data-path", pictures / "data", "--vae", pictures / "vae",
-                    "--image-size", 16, "--model", "DiT-Ti/2", "--num-workers", 2)
+    without = train(
+        tmp_path / "without", "--data-path", pictures / "data", "--vae", pictures / "vae",
+        "--image-size", 16, "--model", "DiT-Ti/2", "--num-workers", 2)
     for a, b in zip(lines(run), lines(without), strict=True):
         assert [a["loss"], a["latent_std"]] == pytest.approx([b["loss"], b["latent_std"]], rel=1e-3)
 
@@ -570,8 +677,9 @@ def test_a_cache_built_by_two_and_through_kills_is_the_same(tmp_path, pictures, 
 def test_a_cache_of_something_else_or_damaged_is_refused(tmp_path, pictures, small_shards):
     cached(tmp_path, pictures, "--max-steps", 1)
     cache = tmp_path / "cache"
-    for flags, words in [(["--image-size", 8], "image_size was 16, now 8"), (["--vae", pictures / "other"], "vae")]:
-        shutil.copytree(pictures / "vae", pictures / "other", dirs_exist_ok=True)
+    shutil.copytree(pictures / "vae", pictures / "other", dirs_exist_ok=True)
+    others = {"image_size was 16, now 8": ["--image-size", 8], "vae": ["--vae", pictures / "other"]}
+    for words, flags in others.items():
         before = tree(cache)
         with pytest.raises(InputError, match=words):
             cached(tmp_path, pictures, "--run-name", "new", *flags)
@@ -581,7 +689,8 @@ def test_a_cache_of_something_else_or_damaged_is_refused(tmp_path, pictures, sma
     data[-2000] ^= 1
     shard.write_bytes(data)
     for workers in (0, 1):
-        with pytest.raises(InputError, match="^[^\n]*moments-00002.safetensors is damaged: delete it[^\n]*$"):
+        words = "^[^\n]*moments-00002.safetensors is damaged: delete it[^\n]*$"
+        with pytest.raises(InputError, match=words):
             cached(tmp_path, pictures, "--max-steps", 9, "--num-workers", workers)
     shard.write_bytes(data[:-5])
     with pytest.raises(InputError, match="moments-00002.safetensors is damaged"):
@@ -593,7 +702,9 @@ def test_a_cache_of_something_else_or_damaged_is_refused(tmp_path, pictures, sma
         cached(tmp_path, pictures, "--max-steps", 9)
 
 
-def test_broken_images_are_named_and_left_out_up_to_a_limit(tmp_path, pictures, small_shards, capfd):
+def test_broken_images_are_named_and_left_out_up_to_a_limit(
+    tmp_path, pictures, small_shards, capfd,
+):
     shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
     (tmp_path / "data" / "class0" / "04.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="1 images cannot be read, more than --max-broken 0.*"):
@@ -604,30 +715,36 @@ def test_broken_images_are_named_and_left_out_up_to_a_limit(tmp_path, pictures, 
     assert index["count"] == 22 and index["counts"] == [5, 6, 6, 5] and index["broken"][0][0] == 2
     assert "04.png" in index["broken"][0][1]
     with pytest.raises(InputError, match="^[^\n]*04.png[^\n]*$"):
-        train(tmp_path, "--data-path", tmp_path / "data", "--vae", "none", "--image-size", 16, "--model", "DiT-Ti/2",
-              "--run-name", "direct", "--num-workers", 1)
+        train(tmp_path, "--data-path", tmp_path / "data", "--vae", "none", "--image-size", 16,
+              "--model", "DiT-Ti/2", "--run-name", "direct", "--num-workers", 1)
 
 
 def test_a_command_with_workers_ends_when_it_fails(tmp_path, pictures):
-    """The workers ignore SIGTERM, with which Python ends its processes at exit and then waits for them for ever."""
+    """The workers outlive SIGTERM, with which Python ends its processes and then waits for them."""
     shutil.copytree(pictures / "data", tmp_path / "data")
     (tmp_path / "data" / "class0" / "04.png").write_bytes(b"no picture")
-    command = [sys.executable, ROOT / "train_accelerate.py", "--data-path", "data", "--vae", "none", "--image-size", 8,
-               "--model", "DiT-Ti/2", "--global-batch-size", 8, "--num-workers", 2, "--eval-samples", 0]
-    ended = subprocess.run([str(word) for word in command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, ROOT / "train_accelerate.py", "--data-path", "data", "--vae", "none",
+               "--image-size", 8, "--model", "DiT-Ti/2", "--global-batch-size", 8,
+               "--num-workers", 2, "--eval-samples", 0]
+    words = [str(word) for word in command]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and "04.png" in ended.stderr.splitlines()[-1]
 
 
-# ------------------------------------------------------------------------------------------------ configuration files
+# ------------------------------------------------------------------------------ configuration files
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+CONFIGURATIONS = sorted((ROOT / "docs" / "accelerate").glob("*.yaml"))
+PROCESSES = dict(one_gpu=1, eight_gpus=8, two_nodes=16, fsdp=8)
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_configuration_files_are_what_accelerate_reads(path):
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.utils import DistributedType
 
     config = load_config_from_file(str(path))
-    assert config.num_processes == {"one_gpu": 1, "eight_gpus": 8, "two_nodes": 16, "fsdp": 8}[path.stem]
+    assert config.num_processes == PROCESSES[path.stem]
     assert config.mixed_precision == "bf16"
     if path.stem == "fsdp":
         assert config.distributed_type == DistributedType.FSDP
