@@ -22,9 +22,11 @@ import glob
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import tempfile
 import tokenize
 import warnings
@@ -2396,24 +2398,23 @@ def _labels(values, column, names=None):
 # ---------------------------------------------------------------------------------- reading
 
 
-def read_batches(
-    data, batches, num_workers=0, collate=torch.utils.data.default_collate, pin=False, **options
-):
+def read_batches(data, batches, num_workers=0, collate=torch.utils.data.default_collate, pin=False):
     """A generator of batches of data, one for each list of keys in `batches`.
 
     num_workers: processes that load them ahead, which end when the generator does. collate: makes
     of a list of items a batch of tensors, in lists or tuples if need be. pin: put tensors into
-    pinned memory. options: of torch's DataLoader. RankLocalError when a worker was killed.
+    pinned memory. RankLocalError when a worker was killed.
     """
     # Workers send arrays through a pipe. Tensors would take file descriptors and shared memory, of
     # which a container has 64 MB. torch's thread for pinning empties the pipe but pins no arrays.
+    closing = multiprocessing.RawValue("b", False)
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=batches, num_workers=num_workers, pin_memory=pin,
-        collate_fn=functools.partial(_collate_arrays, collate), **options,
+        collate_fn=functools.partial(_collate_arrays, collate),
+        worker_init_fn=functools.partial(_outlive_signals, closing),
     )
-    iterator = iter(loader)
     try:
-        for batch in iterator:
+        for batch in loader:
             tensors = _converted(batch, np.ndarray, torch.from_numpy)
             yield _converted(tensors, torch.Tensor, torch.Tensor.pin_memory) if pin else tensors
     except RuntimeError as error:
@@ -2422,8 +2423,16 @@ def read_batches(
         raise RankLocalError("a process that loads images was killed, is memory short? Give fewer "
                              f"--num-workers than {num_workers}") from error
     finally:
-        if num_workers:
-            iterator._shutdown_workers()  # those that ignore signals would be waited for
+        closing.value = True
+
+
+def _outlive_signals(closing, worker):
+    """A worker leaves signals to its process, which may need it for the step in hand.
+
+    When that is over it obeys SIGTERM, by which Python ends its workers, and then waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: closing.value and os._exit(0))
 
 
 def _collate_arrays(collate, items):

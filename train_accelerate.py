@@ -27,7 +27,6 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -47,10 +46,17 @@ from filelock import FileLock, Timeout
 
 import dit
 from dit import InputError, RankLocalError, fingerprint, read_json, save_checkpoint, write_json
-from evaluate import BrokenImage, add_data_args, evaluate_model, load_data, load_features
-from evaluate import print_figures as print_metrics
-from evaluate import reference_set as reference_features
-from gaussian_diffusion import create_diffusion
+from evaluate import (
+    BrokenImage,
+    add_data_args,
+    evaluate_model,
+    load_data,
+    load_features,
+    print_metrics,
+    read_batches,
+    reference_features,
+)
+from gaussian_diffusion import create_process
 from sample_grid import (
     SAMPLING_FLAGS,
     Autoencoder,
@@ -75,7 +81,7 @@ def main(args):
     # All that the user gave is read and checked before anything is written: the images, and the
     # autoencoder whose latents the network learns (none: the pixels are the latents).
     columns = args.image_column, args.label_column
-    data = load_data(args.data_path, args.image_size, *columns, args.split)
+    data = load_data(args.data_path, args.image_size, *columns, args.split, args.upright)
     vae = Autoencoder.load(args.vae, device, data.channels)
     fit_to_data(args, data, vae, accelerator)
     settings = vars(args) | dict(images=len(data), num_processes=accelerator.num_processes)
@@ -84,7 +90,7 @@ def main(args):
     # The network, its moving average (EMA), which samples better, and the process that adds noise.
     network = build_network(args, vae, init=None if step_folders(folder) else args.init).to(device)
     ema = copy.deepcopy(network).eval().requires_grad_(False)
-    diffusion = create_diffusion(learn_sigma=True)
+    diffusion = create_process()
     ema.metadata = describe(args, data, vae, diffusion)
     trained = [weight for weight in network.parameters() if weight.requires_grad]
     adam = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0, fused=True)
@@ -110,7 +116,7 @@ def main(args):
 
         # Workers load this process's parts of the global batches ahead of the steps.
         sampler = GlobalBatches(args, len(data), start, total, accelerator)
-        batches = read_batches(data, sampler, args.num_workers, pin_memory=device.type == "cuda")
+        batches = read_batches(data, sampler, args.num_workers, pin=device.type == "cuda")
         stopwatch = Stopwatch(args, network, start, accelerator)
         progress = ProgressBar(accelerator, "step", total, start)
         with contextlib.closing(batches), progress:
@@ -566,7 +572,7 @@ def latent_cache(args, data, vae, accelerator):
             images = torch.arange(s * size, min(len(data), (s + 1) * size))
             plan[s] = [batch.tolist() for batch in images.split(32)]
     batches = list(itertools.chain.from_iterable(plan.values()))
-    loaded = read_batches(NamedBroken(data), batches, args.num_workers, collate_fn=list)
+    loaded = read_batches(NamedBroken(data), batches, args.num_workers, collate=list)
 
     # A shard appears whole when its last image is encoded: a kill costs no more than one shard.
     total = sum(map(len, batches))
@@ -1118,28 +1124,6 @@ class StopSignals:
         self.accelerator.print(f"stopped by {name}: the same command resumes from what is saved in "
                                f"{self.folder}")
         raise SystemExit(128 + self.number)
-
-
-def read_batches(data, sampler, workers, **options):
-    """The sampler's batches of data, loaded ahead by workers, which end when this is closed."""
-    closing = multiprocessing.RawValue("b", False)
-    loader = torch.utils.data.DataLoader(
-        data, batch_sampler=sampler, num_workers=workers,
-        worker_init_fn=functools.partial(outlive_signals, closing), **options,
-    )
-    try:
-        yield from loader
-    finally:
-        closing.value = True
-
-
-def outlive_signals(closing, worker):
-    """A worker leaves signals to its process, which needs it for the step in hand.
-
-    When that is over it obeys SIGTERM, by which Python ends its workers, and then waits for them.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: closing.value and os._exit(0))
 
 
 # ---------------------------------------------------------- machinery: skip it on a first reading

@@ -311,7 +311,7 @@ def steps(args):
     accelerator, data = make_accelerator(), evaluate.load_data("digits")
     network, features = dit.load_checkpoint(args.ckpt, args.device), evaluate.load_features(
         "efficientnet-lite0", args.device)
-    reference = evaluate.reference_set(data, features, accelerator, ("fid",))
+    reference = evaluate.reference_features(data, features, accelerator, ("fid",))
     count, rows, first = 64 if args.quick else len(data), [], None
     few, many = (4, 8) if args.quick else (20, 250)
     tries = [("ddpm", many, "fp32", 0), ("ddpm", many, "fp32", count), ("ddpm", many, "bf16", 0),
@@ -388,7 +388,7 @@ def metrics(args):
     batches = list(evaluate.image_batches(data, accelerator))
     compare(f"features and statistics of {count} images", {
         "the feature network alone": lambda: [network(batch.to(args.device)) for batch in batches] and None,
-        "the evaluator": lambda: evaluate.reference_set(data, network, accelerator, ("fid",)) and None,
+        "the evaluator": lambda: evaluate.reference_features(data, network, accelerator, ("fid",)) and None,
     }, args)
 
 
