@@ -43,6 +43,7 @@ from accelerate import InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import dit
 from dit import InputError, RankLocalError, fingerprint, read_json, save_checkpoint, write_json
@@ -199,7 +200,7 @@ class Setting(Flag):
 ANY, FROM_0, FROM_1, SHARE = None, (0, math.inf), (1, math.inf), (0, 1)
 
 SETTINGS = {
-        #       flag                             the paper    laptop      bounds   on resume
+    #           flag                             the paper    laptop      bounds   on resume
     "what": [
         Setting("--data-path",                   "digits",    "digits",   ANY,     "asked",
                 "digits, a folder, or a hub id, see evaluate.py"),
@@ -435,12 +436,11 @@ def update_weights(accelerator, optimizer, lr, finite):
     optimizer.zero_grad()
 
 
-@torch.no_grad()
 def update_ema(ema, network, decay, step):
     """ema = d * ema + (1 - d) * weights, with d rising to decay as (1 + step) / (10 + step)."""
     d = min(decay, (1 + step) / (10 + step))
     weights = [full_tensor(weight) for weight in network.parameters()]
-    torch._foreach_lerp_(list(ema.parameters()), weights, 1 - d)
+    get_ema_multi_avg_fn(d)(list(ema.parameters()), weights, None)
 
 
 def full_tensor(tensor):

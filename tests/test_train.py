@@ -687,11 +687,13 @@ def test_a_cache_of_something_else_or_damaged_is_refused(tmp_path, pictures, sma
     shard = cache / "moments-00002.safetensors"
     data = bytearray(shard.read_bytes())
     data[-2000] ^= 1
+    shard.unlink()  # a new file: workers may still read the old one's memory
     shard.write_bytes(data)
     for workers in (0, 1):
         words = "^[^\n]*moments-00002.safetensors is damaged: delete it[^\n]*$"
         with pytest.raises(InputError, match=words):
             cached(tmp_path, pictures, "--max-steps", 9, "--num-workers", workers)
+    shard.unlink()
     shard.write_bytes(data[:-5])
     with pytest.raises(InputError, match="moments-00002.safetensors is damaged"):
         cached(tmp_path, pictures, "--max-steps", 9)
