@@ -29,9 +29,11 @@ import re
 import sys
 import tempfile
 import threading
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 import torch.nn as nn
@@ -79,16 +81,14 @@ class TimestepEmbedder(nn.Module):
     The sinusoids are those of Vaswani et al., 2017, section 3.5, cosines first.
     """
 
-    def __init__(self, hidden_size, frequency_size=256):
+    def __init__(self, hidden_size):
         super().__init__()
-        self.frequency_size = frequency_size
-        first, second = nn.Linear(frequency_size, hidden_size), nn.Linear(hidden_size, hidden_size)
+        first, second = nn.Linear(256, hidden_size), nn.Linear(hidden_size, hidden_size)
         self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, t):
-        half = self.frequency_size // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(10000) / half * steps)
+        steps = torch.arange(128, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) / 128 * steps)
         angles = t.float()[:, None] * frequencies  # float32: in bfloat16 998 and 999 are the same
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)  # (N, 256)
         return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
@@ -209,14 +209,15 @@ class DiTConfig:
 
     def __post_init__(self):
         """InputError unless patches tile the image, heads share D, and positions its quarters."""
-        sides, width, heads = (self.input_size, self.patch_size), self.hidden_size, self.num_heads
+        width = self.hidden_size
         try:
-            fits = not (sides[0] % sides[1] or width % heads or width % 4)
+            remainders = self.input_size % self.patch_size, width % self.num_heads, width % 4
         except (TypeError, ZeroDivisionError):  # a damaged file may hold anything
-            fits = False
-        if not fits:
-            raise InputError(f"input size {sides[0]} must divide by patch size {sides[1]}, hidden "
-                             f"size {width} by 4 and by {heads} heads")
+            remainders = None
+        if remainders != (0, 0, 0):
+            raise InputError(f"input size {self.input_size} must divide by patch size "
+                             f"{self.patch_size}, hidden size {width} by 4 and by "
+                             f"{self.num_heads} heads")
 
 
 class DiT(nn.Module):
@@ -379,63 +380,6 @@ def count_macs(config):
     # Once: the timestep's MLP, and adaLN's Linear of every block and of the final layer.
     once = 256 * width + width * width + (6 * config["depth"] + 2) * width * width
     return tokens * (config["depth"] * block + ends) + once
-
-
-def state_bytes(model):
-    """Bytes of training without the images: weights, EMA, AdamW's two moments, gradients.
-
-    All of them are float32; positions are in the weights and the EMA alone.
-    """
-    weights = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return 4 * (2 * weights + 3 * trained)
-
-
-def kept_bytes(config):
-    """Bytes that a forward pass in bfloat16 keeps for backward, per image.
-
-    Returns two numbers: without and with gradient checkpointing. They are counted: on meta tensors,
-    which have shapes but no memory, autograd shows each tensor that it saves.
-    """
-    # One block is enough, since all keep the same.
-    with torch.device("meta"):
-        model = DiT(**config | dict(depth=1)).train()
-
-    def kept(images):
-        storages = set()  # the same memory may be saved under several shapes
-
-        def note(tensor):
-            storages.add(tensor.untyped_storage())
-            return tensor
-
-        with torch.device("meta"):
-            x = torch.empty(images, model.in_channels, model.input_size, model.input_size)
-            t, y = torch.zeros(images), torch.zeros(images, dtype=torch.int64)
-            with AutocastOnMeta(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-                model(x, t, y)
-        return sum(storage.nbytes() for storage in storages)
-
-    # What two images keep more than one leaves out the weights.
-    block, model.blocks = model.blocks, nn.ModuleList()
-    ends = kept(images=2) - kept(images=1)
-    model.blocks = block
-    totals = []
-    for checkpointing in (False, True):
-        model.gradient_checkpointing = checkpointing
-        totals.append(ends + config["depth"] * (kept(images=2) - kept(images=1) - ends))
-    return totals
-
-
-class AutocastOnMeta(TorchFunctionMode):
-    """Meta tensors treated as autocast to bfloat16 treats a GPU's: PyTorch has none for them."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.linear, F.conv2d):
-            args = [value.bfloat16() if torch.is_tensor(value) else value for value in args]
-        if function is F.scaled_dot_product_attention:
-            # As all fused kernels this one keeps q, k, v, the output and a number for each row.
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
-        return function(*args, **(kwargs or {}))
 
 
 def print_configs():
@@ -634,10 +578,70 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------- machinery: skip it on a first reading
 
+# -------------------------------------------------------------------------- the memory of training
+
+
+def state_bytes(model):
+    """Bytes of training without the images: weights, EMA, AdamW's two moments, gradients.
+
+    All of them are float32; positions are in the weights and the EMA alone.
+    """
+    weights = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 4 * (2 * weights + 3 * trained)
+
+
+def kept_bytes(config):
+    """Bytes that a forward pass in bfloat16 keeps for backward, per image.
+
+    Returns two numbers: without and with gradient checkpointing. They are counted: on meta tensors,
+    which have shapes but no memory, autograd shows each tensor that it saves.
+    """
+    # One block is enough, since all keep the same.
+    with torch.device("meta"):
+        model = DiT(**config | dict(depth=1)).train()
+
+    def kept(images):
+        storages = set()  # the same memory may be saved under several shapes
+
+        def note(tensor):
+            storages.add(tensor.untyped_storage())
+            return tensor
+
+        with torch.device("meta"):
+            x = torch.empty(images, model.in_channels, model.input_size, model.input_size)
+            t, y = torch.zeros(images), torch.zeros(images, dtype=torch.int64)
+            with AutocastOnMeta(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+                model(x, t, y)
+        return sum(storage.nbytes() for storage in storages)
+
+    # What two images keep more than one leaves out the weights.
+    block, model.blocks = model.blocks, nn.ModuleList()
+    ends = kept(images=2) - kept(images=1)
+    model.blocks = block
+    totals = []
+    for checkpointing in (False, True):
+        model.gradient_checkpointing = checkpointing
+        totals.append(ends + config["depth"] * (kept(images=2) - kept(images=1) - ends))
+    return totals
+
+
+class AutocastOnMeta(TorchFunctionMode):
+    """Meta tensors treated as autocast to bfloat16 treats a GPU's: PyTorch has none for them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.linear, F.conv2d):
+            args = [value.bfloat16() if torch.is_tensor(value) else value for value in args]
+        if function is F.scaled_dot_product_attention:
+            # As all fused kernels this one keeps q, k, v, the output and a number for each row.
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+        return function(*args, **(kwargs or {}))
+
+
 # ----------------------------------------------------------------- files of weights, of all layouts
 
-KNOWN = (DIT_CONFIGS | DEMO_CONFIGS).values()
-HEADS = {config["hidden_size"]: config["num_heads"] for config in KNOWN}  # which no shape tells
+HEADS = {  # width -> heads, which no shape tells
+    config["hidden_size"]: config["num_heads"] for config in (DIT_CONFIGS | DEMO_CONFIGS).values()}
 
 
 def read_weights(path):
@@ -818,31 +822,31 @@ DIFFUSERS_FIXED = dict(  # what makes their transformer a DiT
 )
 
 
+DIFFUSERS_LAYERS = {  # ours -> theirs; {i} is the number of a block
+    "x_embedder.proj": ["pos_embed.proj"],
+    "t_embedder.mlp.0": ["transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1"],
+    "t_embedder.mlp.2": ["transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2"],
+    "y_embedder.embedding_table": [
+        "transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table"],
+    "blocks.{i}.adaLN_modulation.1": ["transformer_blocks.{i}.norm1.linear"],
+    "blocks.{i}.attn.qkv": [f"transformer_blocks.{{i}}.attn1.to_{part}" for part in "qkv"],
+    "blocks.{i}.attn.proj": ["transformer_blocks.{i}.attn1.to_out.0"],
+    "blocks.{i}.mlp.fc1": ["transformer_blocks.{i}.ff.net.0.proj"],
+    "blocks.{i}.mlp.fc2": ["transformer_blocks.{i}.ff.net.2"],
+    "final_layer.adaLN_modulation.1": ["proj_out_1"],
+    "final_layer.linear": ["proj_out_2"],
+}
+
+
 def diffusers_keys(depth):
     """Official key -> its diffusers keys: the three thirds of qkv, an embedder's copies, or one."""
-    # Each of their blocks has its own copy of the timestep's and the label's embedder.
-    embedders = [f"transformer_blocks.{i}.norm1.emb." for i in range(depth)]
-    names = {
-        "x_embedder.proj": ["pos_embed.proj"],
-        "t_embedder.mlp.0": [name + "timestep_embedder.linear_1" for name in embedders],
-        "t_embedder.mlp.2": [name + "timestep_embedder.linear_2" for name in embedders],
-        "y_embedder.embedding_table": [
-            name + "class_embedder.embedding_table" for name in embedders],
-        "final_layer.adaLN_modulation.1": ["proj_out_1"],
-        "final_layer.linear": ["proj_out_2"],
-    }
-    # The layers of the blocks themselves.
-    for i in range(depth):
-        ours, theirs = f"blocks.{i}.", f"transformer_blocks.{i}."
-        names[ours + "adaLN_modulation.1"] = [theirs + "norm1.linear"]
-        names[ours + "attn.qkv"] = [theirs + f"attn1.to_{part}" for part in "qkv"]
-        names[ours + "attn.proj"] = [theirs + "attn1.to_out.0"]
-        names[ours + "mlp.fc1"] = [theirs + "ff.net.0.proj"]
-        names[ours + "mlp.fc2"] = [theirs + "ff.net.2"]
     keys = {}
-    for layer, theirs in names.items():
-        keys[f"{layer}.weight"] = [f"{name}.weight" for name in theirs]
-        keys[f"{layer}.bias"] = [f"{name}.bias" for name in theirs]
+    for i in range(depth):
+        for ours, theirs in DIFFUSERS_LAYERS.items():
+            for kind in ("weight", "bias"):
+                names = keys.setdefault(f"{ours}.{kind}".format(i=i), [])
+                new = [f"{name}.{kind}".format(i=i) for name in theirs]
+                names += [name for name in new if name not in names]
     return keys
 
 
@@ -976,8 +980,9 @@ class RankLocalError(InputError):
 
     def __init__(self, message):
         # A DataLoader's worker puts its traceback above the message, which alone is for the user.
-        worker_traceback = rf"(?s)^Caught .*\n([\w.]+\.)?{type(self).__name__}: "
-        super().__init__(re.sub(worker_traceback, "", str(message).strip()))
+        if message.startswith("Caught "):
+            message = message.rpartition(f"{type(self).__name__}: ")[2]
+        super().__init__(message.strip())
 
 
 def is_rank_0():
@@ -1036,6 +1041,8 @@ def reach_hub(seconds=5):
     from huggingface_hub import constants, get_session, logging
 
     logging.set_verbosity_error()  # else a line for each attempt: an error says it once
+    # Said by diffusers 0.42 about an argument that huggingface_hub no longer has.
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
     answers = []
 
     def ask():
@@ -1057,7 +1064,7 @@ def hub_error(what, error, instead):
     """The InputError for what cannot be had from the hub; instead: what else the user may do."""
     from huggingface_hub import constants
 
-    host = constants.ENDPOINT.split("://")[-1]
+    host = urlsplit(constants.ENDPOINT).hostname  # without a user's name and password
     reason = type(error).__name__ if reach_hub() else "offline"
     return InputError(f"cannot download {what} from {host} ({reason}): is there a network? Else "
                       f"{instead}")
