@@ -1010,7 +1010,7 @@ def write_pipeline(folder, model, source):
     for file in files:
         write_atomically(folder / "vae" / file.name, functools.partial(shutil.copyfile, file))
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    names = {str(y): name for y, name in enumerate(model.metadata.get("class_names") or ())}
+    names = {str(y): str(name) for y, name in enumerate(model.metadata.get("class_names") or ())}
     write_json(folder / "model_index.json", dict(
         _class_name="DiTPipeline", scheduler=["diffusers", "DDIMScheduler"], id2label=names,
         transformer=["diffusers", "DiTTransformer2DModel"], vae=["diffusers", kind]))
@@ -1022,6 +1022,8 @@ def pipeline_vae(model):
 
     Raises InputError, which says why, when DiTPipeline cannot draw from the model.
     """
+    from huggingface_hub import snapshot_download
+
     objective = model.metadata.get("objective", "ddpm")
     if objective != "ddpm":
         raise InputError(f"its objective {objective} predicts image - noise, and the schedulers of "
@@ -1031,29 +1033,18 @@ def pipeline_vae(model):
     if name == "none":
         raise InputError("DiTPipeline draws through a VAE, and this model draws pixels")
 
-    # A folder, or a name in the hub's cache.
+    # A folder, or else a repository of the hub, of which a copy may be in its client's cache.
     found = Path(name)
     if not found.is_dir():
         name = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else name
-        found = in_cache(name)
-    if found is None:
-        return name, "AutoencoderKL", []
+        try:
+            found = Path(snapshot_download(name, local_files_only=True))
+        except (OSError, ValueError):
+            return name, "AutoencoderKL", []
     config = read_json(found / "config.json", "mend the folder of the VAE")
     if config.get("shift_factor") or config.get("latents_mean"):
         raise InputError(f"DiTPipeline only multiplies latents, and the VAE {name} shifts them too")
     return name, config["_class_name"], [found / "config.json", *diffusers_files(found)]
-
-
-def in_cache(repository):
-    """The folder of a VAE of the hub in its client's cache, or None."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for suffix in ("safetensors", "bin"):
-        with contextlib.suppress(ValueError):  # a folder that is gone is no name of the hub's
-            file = try_to_load_from_cache(repository, f"diffusion_pytorch_model.{suffix}")
-            if isinstance(file, str):
-                return Path(file).parent
-    return None
 
 
 IN_DIFFUSERS = """```python
@@ -1101,13 +1092,14 @@ Of the weights: FILL IN. Of the data that they were trained on: FILL IN.
 def write_card(folder, model, source, in_diffusers):
     """README.md, the model card of a folder, and samples.png, the newest grid of the run."""
     # Weights out of a run: its settings, its last evaluation and its newest grid.
-    settings, metrics, grids = {}, {}, []
-    if (source / "metrics.jsonl").is_file():
-        settings = read_json(source / "config.json", "give another run")
-        lines = (source / "metrics.jsonl").read_text().splitlines()
-        evaluations = [line for line in lines if '"features"' in line and line.endswith("}")]
+    settings, metrics = {}, {}
+    log = source / "metrics.jsonl"
+    if log.is_file():
+        settings = read_json(source / "config.json", "give the run's weights alone")
+        lines = log.read_text(errors="replace").splitlines(keepends=True)
+        evaluations = [line for line in lines if '"features"' in line and line.endswith("}\n")]
         metrics = json.loads(evaluations[-1]) if evaluations else {}
-        grids = sorted((source / "samples").glob("*.png"))
+    grids = sorted((source / "samples").glob("*.png"))
     if grids:
         write_atomically(folder / "samples.png", functools.partial(shutil.copyfile, grids[-1]))
 
@@ -1124,11 +1116,12 @@ def write_card(folder, model, source, in_diffusers):
             interval = "" if low is None else f"{low:.4g} to {high:.4g}"
             rows.append(f"| {name} | {shown} | {interval} |")
     stored = dict(model=model.config, metadata=model.metadata, settings=settings)
+    stored = json.dumps(stored, indent=1, ensure_ascii=False)
     text = CARD.format(
         name=folder.name, in_diffusers=in_diffusers, flags="".join(flags), rows="\n".join(rows),
         grid="![Samples](samples.png)" if grids else "", data=model.metadata.get("data", "?"),
-        step=model.metadata.get("step", "?"), settings=json.dumps(stored, indent=1))
-    write_atomically(folder / "README.md", lambda new: new.write_text(text))
+        step=model.metadata.get("step", "?"), settings=stored)
+    write_atomically(folder / "README.md", lambda new: new.write_text(text, "utf-8"))
 
 
 def push(folder, repository):

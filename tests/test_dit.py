@@ -1085,11 +1085,16 @@ def test_our_own_stdout_is_written_through(piped, path, tmp_path):
     assert text == b"a\n1\nb\n"
 
 
-@pytest.mark.parametrize("reason", ["EINVAL", "ENOTSUP", "ENOSYS", "EPERM", "EACCES"])
-def test_file_systems_that_refuse_go_on_with_one_warning(reason, tmp_path, monkeypatch, capsys):
-    """fsync of a folder and chmod; a full disk or a broken one is another matter."""
+@pytest.mark.parametrize(("reason", "windows"), [
+    ("EINVAL", False), ("ENOTSUP", False), ("ENOSYS", False), ("EPERM", False), ("EACCES", True)])
+def test_file_systems_that_refuse_go_on_with_one_warning(reason, windows, tmp_path, monkeypatch,
+                                                        capsys):
+    """fsync of a folder and chmod; a full disk or a broken one is another matter.
+
+    Windows refuses to open a folder.
+    """
     dit.warn_once.cache_clear()
-    fsync, number = os.fsync, getattr(errno, reason)
+    fsync, os_open, number = os.fsync, os.open, getattr(errno, reason)
 
     def refuse(number):
         raise OSError(number, os.strerror(number))
@@ -1097,7 +1102,12 @@ def test_file_systems_that_refuse_go_on_with_one_warning(reason, tmp_path, monke
     def sync(descriptor):
         return refuse(number) if stat.S_ISDIR(os.fstat(descriptor).st_mode) else fsync(descriptor)
 
+    def open_file(path, *args, **kwargs):
+        refused = windows and os.path.isdir(path)
+        return refuse(number) if refused else os_open(path, *args, **kwargs)
+
     monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "open", open_file)
     monkeypatch.setattr(os, "chmod", lambda *args: refuse(number))
     for _ in range(2):
         dit.write_json(tmp_path / "a.json", 1)
