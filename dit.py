@@ -985,7 +985,7 @@ def write_diffusers(folder, model):
 
 # ------------------------------------------------- a whole pipeline of diffusers, with a model card
 
-PIPELINE = ("transformer", "vae", "scheduler", "model_index.json", "samples.png", "README.md")
+PIPELINE = ["transformer/", "vae/", "scheduler/", "model_index.json", "samples.png", "README.md"]
 SCHEDULER = dict(  # DDPM's betas, DDIM's equal strides: the official "ddim50"
     _class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02,
     beta_schedule="linear", clip_sample=False, set_alpha_to_one=True, steps_offset=0,
@@ -1134,7 +1134,7 @@ def push(folder, repository):
         if not reach_hub():
             raise ConnectionError("the hub does not answer, is there a network?")
         url = HfApi().create_repo(repository, private=True, exist_ok=True)
-        HfApi().upload_folder(repo_id=repository, folder_path=folder)
+        HfApi().upload_folder(repo_id=repository, folder_path=folder, allow_patterns=PIPELINE)
     except Exception as error:  # whatever the hub's client and its HTTP library raise
         raise InputError(f"{folder} is written, but not uploaded: {error}; "
                          f"then `hf upload {repository} {folder}`") from error

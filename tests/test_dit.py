@@ -996,8 +996,11 @@ def test_a_folder_that_holds_a_part_is_left_alone(tiny, tmp_path):
     ("no network", "is there a network"), ("refused", "403: not yours")])
 def test_push_uploads_the_folder(case, said, tiny, tmp_path, monkeypatch, capsys):
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
     calls = []
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "diary.txt").touch()  # what else lies there is nobody's business
 
     class HfApi:
         def create_repo(self, repository, **options):
@@ -1006,8 +1009,10 @@ def test_push_uploads_the_folder(case, said, tiny, tmp_path, monkeypatch, capsys
             calls.append((repository, options))
             return f"https://huggingface.co/{repository}"
 
-        def upload_folder(self, repo_id, folder_path):
-            calls.append((repo_id, sorted(os.listdir(folder_path))))
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            files = [str(file.relative_to(folder_path)) for file in Path(folder_path).rglob("*.*")]
+            uploaded = filter_repo_objects(sorted(files), allow_patterns=allow_patterns)
+            calls.append((repo_id, list(uploaded)))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", HfApi)
     token = None if case == "no login" else "hf_x"
@@ -1018,7 +1023,8 @@ def test_push_uploads_the_folder(case, said, tiny, tmp_path, monkeypatch, capsys
     if case == "works":
         convert_by_command(*push)
         assert calls == [("me/flowers", dict(private=True, exist_ok=True)),
-                         ("me/flowers", ["README.md", "transformer"])]
+                         ("me/flowers", ["README.md", "transformer/config.json",
+                                         f"transformer/{STEM}.safetensors"])]
         assert "uploaded to https://huggingface.co/me/flowers" in capsys.readouterr().out
     else:
         with pytest.raises(SystemExit, match="2"):
