@@ -26,21 +26,17 @@ In a notebook, with the settings that the run suggests:
 """
 
 import argparse
-import contextlib
 import copy
 import difflib
-import io
 import json
 import math
 import os
 import re
 import shlex
 import tempfile
-import threading
 import time
 import warnings
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -54,8 +50,10 @@ from dit import (
     InputError,
     RankLocalError,
     check_config,
+    hub_error,
     load_checkpoint,
     log_stderr,
+    reach_hub,
     run_command,
     write_atomically,
 )
@@ -191,6 +189,7 @@ def sampling_settings(args, model, cfg_scale):
     sampler = args.sampler or create_process(objective).samplers[0]
     try:
         diffusion = create_process(objective, sampler, steps, model.learn_sigma)
+        levels = diffusion.noise_levels(sampler)
     except ValueError as error:
         raise InputError(f"--sampler {sampler} --num-sampling-steps {steps}: {error}") from error
 
@@ -217,7 +216,6 @@ def sampling_settings(args, model, cfg_scale):
 
     # Flags that would do nothing.
     interval = parse_interval(args.guidance_interval)
-    levels = diffusion.noise_levels(sampler)
     outside = interval and not any(interval[0] <= sigma <= interval[1] for sigma in levels)
     off = scale == 1 and "does nothing at --cfg-scale 1, where guidance is off"
     refuse_useless([
@@ -304,12 +302,14 @@ class Autoencoder:
         # A hub that does not answer is asked no more: what was downloaded before is used.
         name = str(name)
         source = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else name
-        offline = not os.path.exists(source) and not hub_answers()
+        offline = not os.path.exists(source) and not reach_hub()
         try:
             if offline and not try_to_load_from_cache(source, "config.json"):
-                raise OSError("it was not downloaded before")
+                raise hub_error(f"the VAE {source}", None, "give --vae a folder of diffusers")
             import diffusers  # takes seconds
 
+            # Said by diffusers 0.42 about an argument that huggingface_hub no longer has.
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
             # The class is named by a file that may be anybody's: only known ones are looked up.
             config = diffusers.AutoencoderKL.load_config(source, local_files_only=offline)
             kind = config["_class_name"]
@@ -321,10 +321,10 @@ class Autoencoder:
             if not all(parameter.isfinite().all() for parameter in vae.parameters()):
                 raise ValueError("its weights are not finite")
             return cls(vae.to(device).eval().requires_grad_(False), name)
+        except InputError:
+            raise
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-            if offline and isinstance(error, OSError):
-                reason = f"{hub_address()} cannot be reached, and it was not downloaded before"
             raise InputError(
                 f"cannot load the VAE {source!r}: give --vae ema, mse, a hub id (and a network), "
                 f"or a diffusers folder with config.json ({reason})") from error
@@ -498,15 +498,16 @@ def save_grid(images, path, nrow, labels=None, metadata=None, row_labels=None):
         options = dict(pnginfo=PngImagePlugin.PngInfo())
         for key, value in (metadata or {}).items():
             options["pnginfo"].add_text(key, str(value))
-    write_picture(path, make_grid(images, nrow, labels, row_labels), kind, **options)
+    picture = make_grid(images, nrow, labels, row_labels)
+    write_atomically(path, lambda temporary: picture.save(temporary, kind, **options))
 
 
 def save_trajectory(frames, path, nrow, labels=None):
     """Write uint8 frames (F, N, 3, H, W) as a .gif of grids that rests on its last."""
     first, *others = [make_grid(images, nrow, labels) for images in frames]
     durations = [80] * len(others) + [2000]  # milliseconds
-    write_picture(
-        path, first, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
+    options = dict(save_all=True, append_images=others, duration=durations, loop=0)
+    write_atomically(path, lambda temporary: first.save(temporary, "GIF", **options))
 
 
 def class_grid(model, diffusion, vae, per_class, seed, accelerator, **sampling):
@@ -843,41 +844,7 @@ class ProgressBar:
             self.last_line = now
 
 
-def quiet_hub():
-    """From now on the hub's client writes no line for each attempt: an error says it once."""
-    import huggingface_hub
-
-    huggingface_hub.logging.set_verbosity_error()
-    # Said by diffusers 0.42 about an argument that huggingface_hub no longer has.
-    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
-
-
-def hub_address():
-    """Where the hub is, without a user's name or password."""
-    from huggingface_hub import constants
-
-    return urlsplit(constants.ENDPOINT).hostname
-
-
-def hub_answers():
-    """Whether the hub answers within four seconds: its client by itself would try for 25.
-
-    In a thread, since looking up a name has no limit of time.
-    """
-    import huggingface_hub
-
-    quiet_hub()
-    answers = []
-
-    def ask():
-        with contextlib.suppress(Exception):  # whatever the client and its HTTP library raise
-            session = huggingface_hub.get_session()
-            answers.append(session.head(huggingface_hub.constants.ENDPOINT, timeout=4))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(4)
-    return bool(answers)
+quiet_hub = reach_hub  # for evaluate.py, until it calls reach_hub itself
 
 
 def check_finite(finite, seeds):
@@ -988,7 +955,7 @@ def check_output(path, formats):
     A device or a pipe takes a picture whatever its name is.
     """
     path = Path(path)
-    if is_device(path):
+    if os.path.exists(path) and not path.is_file() and not path.is_dir():
         return
     if path.suffix.lower() not in formats or os.path.isdir(path):
         raise InputError(f"cannot write a picture to {path}: the name of a file must end in "
@@ -1000,27 +967,6 @@ def check_output(path, formats):
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}; choose an existing "
                          "folder") from error
-
-
-def write_picture(path, picture, kind, **options):
-    """Write a PIL picture in a format of PIL, whole or not at all; a device or a pipe is kept.
-
-    Raises RankLocalError when the system refuses.
-    """
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    if not is_device(path):
-        write_atomically(path, lambda temporary: temporary.write_bytes(file.getvalue()))
-        return
-    try:
-        Path(path).write_bytes(file.getvalue())
-    except OSError as error:
-        raise RankLocalError(f"cannot write {path}: {error}") from error
-
-
-def is_device(path):
-    """Whether path is a device, a pipe or a link to one: what is written through, not replaced."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 if __name__ == "__main__":

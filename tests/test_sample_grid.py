@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import sample_grid
-from dit import DiT, InputError, RankLocalError, load_checkpoint, save_checkpoint
+from dit import DiT, InputError, RankLocalError, load_checkpoint, reach_hub, save_checkpoint
 from gaussian_diffusion import FlowMatching, create_diffusion
 from sample_grid import (
     Autoencoder,
@@ -240,8 +240,9 @@ def test_without_a_network_vaes_are_refused_soon(monkeypatch):
         time.sleep(60)
 
     monkeypatch.setattr(huggingface_hub, "get_session", wait)
+    reach_hub.cache_clear()
     began = time.monotonic()
-    with pytest.raises(InputError, match="sd-vae-ft-ema.*huggingface.co cannot be reached"):
+    with pytest.raises(InputError, match=r"sd-vae-ft-ema from huggingface.co \(offline\): is there"):
         Autoencoder.load("ema")
     assert time.monotonic() - began < 8
 
@@ -249,8 +250,7 @@ def test_without_a_network_vaes_are_refused_soon(monkeypatch):
 def test_missing_vaes_are_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dict(_class_name="NoSuchAutoencoder")))
     for name in (tmp_path / "nowhere", "nobody/no-such-vae", "ema", tmp_path, ROOT / "docs"):
-        with pytest.raises(InputError,
-                           match="cannot load the VAE.*--vae ema, mse, a hub id") as error:
+        with pytest.raises(InputError, match="cannot (load|download) the VAE.*--vae") as error:
             Autoencoder.load(str(name))
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
@@ -573,6 +573,7 @@ def test_sampling_follows_the_objective(tmp_path, objective, flags, sampler):
 @pytest.mark.parametrize(("flags", "words"), [
     (["--sampler", "ddim"], "flow has no sampler 'ddim': use one of euler, heun, sde"),
     (["--sampler", "euler", "--eta", "0.5"], "ddim alone"),
+    (["--sampler", "sde", "--num-sampling-steps", "1"], "sde needs 2 or more steps"),
     (["--objective", "ddpm"], "was trained with --objective flow, not ddpm")])
 def test_what_a_flow_refuses(tmp_path, flags, words):
     flow = save_small(tmp_path / "flow.safetensors", dict(objective="flow"))
@@ -796,7 +797,7 @@ def test_official_command_lines(tmp_path, kl_folder, monkeypatch):
     (["--sweep", "num_sampling_steps=5,2000"], "2000"), (["--model", "DiT-Q/2"], "DiT-XL/2"),
     (["--model", "DiT-L/4"], "not 24"), (["--image-size", "256"], "8 px, not 256"),
     (["--num-classes", "10"], "num_classes 4, not 10"),
-    (["--vae", "nobody/no-such-vae"], "cannot load the VAE")])
+    (["--vae", "nobody/no-such-vae"], "the VAE nobody/no-such-vae")])
 def test_bad_input_is_said_before_sampling(ckpt, tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr(sample_grid, "sample_shared", None)  # sampling would be a TypeError
     monkeypatch.chdir(tmp_path)
