@@ -26,6 +26,7 @@ In a notebook, with the settings that the run suggests:
 """
 
 import argparse
+import contextlib
 import copy
 import difflib
 import json
@@ -47,6 +48,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dit import (
+    DiT,
     InputError,
     RankLocalError,
     check_config,
@@ -71,14 +73,16 @@ SLICE_PIXELS = 512 * 512  # the VAE sees so many image pixels at a time: 512 px 
 
 @torch.no_grad()
 def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler=None, eta=0.0,
-                  cfg_channels=None, guidance_interval=None, dtype="fp32", on_step=None):
+                  cfg_channels=None, guidance_interval=None, dtype="fp32", compile=False,
+                  on_step=None):
     """Images of the labels y (N,), int64 on the model's device: uint8 (N, 3, H, W).
 
     diffusion: a GaussianDiffusion or FlowMatching; sampler: one of its samplers, by default its
     first. seeds: N ints; all noise of image i comes from seeds[i], so it is the same picture in any
     batch and on any device, up to rounding. cfg_scale, cfg_channels: see DiT.forward_with_cfg.
     guidance_interval: (low, high), see IntervalGuidance. eta: of the sampler ddim. dtype: "bf16"
-    runs the network in bfloat16 autocast; the process and the VAE stay float32.
+    runs the network in bfloat16 autocast; the process and the VAE stay float32. compile: see
+    CompiledNetwork.
     on_step(i, x, pred_xstart) is called after each step. RankLocalError, naming seed and step, when
     a latent becomes infinite or not a number; ValueError for a sampler that the process has not.
     """
@@ -102,7 +106,9 @@ def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler=None, 
 
     # Steps: pixels are clipped to [-1, 1] on the way, latents have no such range.
     sampler = sampler or diffusion.samplers[0]
-    network = IntervalGuidance(model, diffusion.noise_levels(sampler), cfg_scale, guidance_interval)
+    network = CompiledNetwork.of(model, dtype, len(y)) if compile else model
+    levels = diffusion.noise_levels(sampler)
+    guided = IntervalGuidance(network, levels, cfg_scale, guidance_interval)
     settings = dict(model_kwargs=dict(y=y, cfg_channels=cfg_channels),
                     clip_denoised=vae.vae is None, on_step=watch)
     if sampler == "ddim":
@@ -110,7 +116,7 @@ def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler=None, 
     # Autocast is entered once around all steps, so that it casts each weight only once.
     with torch.autocast(y.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         noise = step_noise(None, None)  # (N, C, h, w)
-        latents = diffusion.sample(sampler, network, noise, step_noise, **settings)
+        latents = diffusion.sample(sampler, guided, noise, step_noise, **settings)
 
     # Latents become pixels, unless they would be black ones without a word.
     check_finite(torch.stack(finite).cpu(), seeds)
@@ -227,7 +233,7 @@ def sampling_settings(args, model, cfg_scale):
     ])
     return diffusion, dict(
         cfg_scale=scale, sampler=sampler, eta=args.eta or 0.0, cfg_channels=args.cfg_channels,
-        guidance_interval=interval, dtype=args.dtype)
+        guidance_interval=interval, dtype=args.dtype, compile=args.compile)
 
 
 def draw(model, labels, seed=0, vae=None, **overrides):
@@ -320,7 +326,9 @@ class Autoencoder:
                 source, torch_dtype=torch.float32, local_files_only=offline)
             if not all(parameter.isfinite().all() for parameter in vae.parameters()):
                 raise ValueError("its weights are not finite")
-            return cls(vae.to(device).eval().requires_grad_(False), name)
+            # Convolutions are faster with the channels of a pixel side by side.
+            vae = vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+            return cls(vae, name)
         except InputError:
             raise
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
@@ -393,8 +401,9 @@ class Autoencoder:
     def _in_slices(self, function, x, pixels):
         """function(x), on as many images of so many pixels at a time as SLICE_PIXELS allows."""
         with torch.autocast(x.device.type, enabled=False):
-            parts = x.float().split(max(1, SLICE_PIXELS // pixels))
-            return torch.cat([function(part) for part in parts])
+            x = x.float().contiguous(memory_format=torch.channels_last)
+            parts = x.split(max(1, SLICE_PIXELS // pixels))
+            return torch.cat([function(part) for part in parts]).contiguous()  # (N, C, H, W) again
 
 
 def load_vae(model, name=None, default="mse", device="cpu"):
@@ -663,6 +672,8 @@ SAMPLING_FLAGS = [  # shared by all three command lines
          shown="all", metavar="LOW,HIGH"),
     Flag("--dtype", "the network's precision while sampling; bf16 is autocast", "fp32",
          choices=("fp32", "bf16")),
+    Flag("--compile", "compile the network: a wait at first, then faster steps; pictures change by "
+         "rounding, with the batch's size too", False),
     Flag("--tf32", "TensorFloat-32 matrix products on NVIDIA GPUs: faster, ten bits of mantissa",
          True),
 ]
@@ -845,6 +856,83 @@ class ProgressBar:
 
 
 quiet_hub = reach_hub  # for evaluate.py, until it calls reach_hub itself
+
+
+class CompiledNetwork:
+    """A DiT compiled as a whole for sampling at one batch size: its forward_with_cfg, and no more.
+
+    Other batches are cut into parts of that size, the last one filled up; guidance takes two parts
+    in place of a batch twice the size. So one compilation serves every batch, guided or not.
+    Weights are frozen where PyTorch can: cast and laid out for the products once, not every step.
+    CompiledNetwork.of makes one, and keeps the last.
+    """
+
+    last = None
+
+    @classmethod
+    def of(cls, model, dtype, batch):
+        """The model compiled in dtype, "fp32" or "bf16"; batch: images at a time, if it is new.
+
+        Weights that have changed since they were frozen are compiled once more, now unfrozen, since
+        they will change again: a training run's previews. InputError when there is no compiler.
+        """
+        key = (model, dtype, model.pos_embed.device)
+        versions = [weight._version for weight in model.parameters()]
+        last, cls.last = cls.last, None
+        known = last is not None and last.key == key
+        if known and not (last.frozen and last.versions != versions):
+            cls.last = last
+            return last
+        # PyTorch would take the frozen code for the changed weights, too.
+        if last is not None:
+            torch.compiler.reset()
+        made = cls(model, batch)
+        made.key = key
+        made.versions = versions
+        with torch.autocast(model.pos_embed.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            made.compile(frozen=not known)
+        cls.last = made
+        return made
+
+    def __init__(self, model, batch):
+        self.model = model
+        self.batch = batch
+        self.network = torch.compile(model, dynamic=False)
+
+    @torch.no_grad()
+    def compile(self, frozen):
+        """Run the network on zeros: PyTorch compiles at the first call."""
+        from torch._inductor import config
+
+        self.frozen = frozen and hasattr(config, "freezing")  # not in every release
+        settings = config.patch(freezing=True) if self.frozen else contextlib.nullcontext()
+        size, device = self.model.input_size, self.model.pos_embed.device
+        x = torch.zeros(self.batch, self.model.in_channels, size, size, device=device)
+        zeros = torch.zeros(self.batch, dtype=torch.int64, device=device)
+        log_stderr(f"compiling the network for {self.batch} images at a time ...")
+        began = time.monotonic()
+        try:
+            with settings:
+                self(x, zeros, zeros)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # PyTorch's compiler, or that there is none for C++
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"--compile does not work here, leave it out: {reason}") from error
+        log_stderr(f"compiled in {time.monotonic() - began:.0f} s")
+
+    def __call__(self, x, t, y):
+        # The last part is filled up with copies of the last image.
+        n, parts = len(x), math.ceil(len(x) / self.batch)
+        rows = torch.arange(parts * self.batch, device=x.device).clamp(max=n - 1)
+        outputs = [self.network(x[r], t[r].float(), y[r]) for r in rows.split(self.batch)]
+        return torch.cat(outputs)[:n]
+
+    def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=None):
+        return DiT.forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels)
+
+    def __getattr__(self, name):  # what else DiT.forward_with_cfg asks for
+        return getattr(self.model, name)
 
 
 def check_finite(finite, seeds):
