@@ -251,8 +251,6 @@ SETTINGS = {
                 "parts of a batch, one after the other"),
         Setting("--gradient-checkpointing",      False,       False,      ANY,     "asked",
                 "less memory, a third more time"),
-        Setting("--compile",                     False,       False,      ANY,     "asked",
-                "torch.compile the network"),
         Setting("--num-workers",                 4,           0,          FROM_0,  "free",
                 "processes that load images, for each process that trains"),
     ],
@@ -1214,9 +1212,9 @@ def claim(lock, folder, settings):
 def check_settings(folder, new):
     """InputError unless a run that has begun can be resumed with these settings."""
     old = read_json(folder / "config.json")
-    # TF32 is the one sampling flag that training feels, too.
+    # TF32 and compilation are the two sampling flags that training feels, too.
     rules = {flag.dest: "free" for flag in SAMPLING_FLAGS} | {row.dest: row.resume for row in ROWS}
-    rules |= dict(tf32="asked", num_processes="free")
+    rules |= dict(tf32="asked", compile="asked", num_processes="free")
     asked = {name: value for name, value in new.items() if rules.get(name, "asked") != "free"}
     fixed = {name: value for name, value in asked.items() if rules.get(name) == "fixed"}
     begun = f"{folder} was begun with other settings"
