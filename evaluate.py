@@ -50,6 +50,7 @@ from dit import (
     fingerprint,
     hub_error,
     is_rank_0,
+    is_stdout,
     log_stderr,
     reach_hub,
     read_json,
@@ -716,13 +717,13 @@ class Features:
         return {field for field in STORED_AS if getattr(self, field) is not None}
 
 
-def extract_features(name, count, batches, network, accelerator, wanted):
+def extract_features(name, count, batches, network, accelerator, wanted, image_name):
     """The Features `wanted`, by their names, of `count` images, of which each process has a share.
 
     batches: uint8 (n, 3, H, W), or lists of (3, H, W) where sizes are mixed, of images rank, rank +
-    world, rank + 2 world ... Every process gets the features of all. Raises InputError for mixed
-    sizes with the ADM protocol and fewer images than processes, RankLocalError for features that
-    are not finite.
+    world, rank + 2 world ... Every process gets the features of all. image_name(i): what image i is
+    called. Raises InputError for mixed sizes with the ADM protocol and fewer images than processes,
+    RankLocalError for features that are not finite.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     if count < world:
@@ -752,7 +753,7 @@ def extract_features(name, count, batches, network, accelerator, wanted):
             finite = pool.isfinite().all(1)
             if not finite.all():
                 bad = rank + (done + int(finite.int().argmin())) * world
-                raise RankLocalError(f"the features of image {bad} of {name} are not finite")
+                raise RankLocalError(f"the features of {image_name(bad)} are not finite")
             done += len(part)
 
             features = dict(pool=pool, rows=pool, probs=probs, spatial=spatial,
@@ -776,13 +777,16 @@ def image_features(source, wanted, network, accelerator, batch_size=256, num_wor
 
     save_ref: also write the images and their statistics to a reference .npz.
     """
+    if save_ref and isinstance(source, ImageData):
+        source.check_one_size()
     batches = image_batches(source, accelerator, batch_size, num_workers)
     if progress:
         batches = show_progress(batches, source.name, len(source), accelerator)
     if save_ref:
         file = NpzWriter(save_ref, (len(source), *image_size(source), 3), batch_size, accelerator)
         batches = file.keep(batches)
-    features = extract_features(source.name, len(source), batches, network, accelerator, wanted)
+    features = extract_features(source.name, len(source), batches, network, accelerator, wanted,
+                                source.image_name)
     if save_ref:
         statistics = named_tensors(dataclasses.replace(features, rows=None))
         file.write(network=network.name, **statistics)
@@ -897,7 +901,8 @@ def evaluate_model(
         file = NpzWriter(save_npz, (num_samples, size, size, 3), batch_size, accelerator)
         batches = file.keep(batches)
     wanted = needed_of_samples(metrics, intervals)
-    samples = extract_features("samples", num_samples, batches, network, accelerator, wanted)
+    samples = extract_features("samples", num_samples, batches, network, accelerator, wanted,
+                               lambda i: f"the sample of seed {seed + i}")
     if save_npz:
         file.write(arr_1=labels.numpy())
     return compare(reference, samples, network, metrics, intervals) | settings
@@ -1124,7 +1129,7 @@ def decode_image(image, name, upright=True):
             image = image.convert("RGB")
     except Exception as error:  # PIL raises a dozen kinds
         reason = " ".join(str(error).split())
-        raise BrokenImage(f"cannot read image {printable(name)}: {reason}") from error
+        raise BrokenImage(f"cannot read {name}: {reason}") from error
     image.info["turned"] = turn is not None
     return image
 
@@ -1186,12 +1191,17 @@ class ImageData(torch.utils.data.Dataset):
         """(uint8 (3, S, S), label, whether it was turned) of an index or (index, mirror)."""
         index, mirror = key if isinstance(key, tuple) else (key, False)
         item = self.images[int(self.rows[index])]
-        path = isinstance(item, dict) and item["path"]
-        image = decode_image(item, path or f"{index} of {self.name}", self.upright)
+        image = decode_image(item, self.image_name(index), self.upright)
         array = center_crop_arr(image, self.image_size) if self.image_size else np.asarray(image)
         array = array[:, ::-1] if mirror else array
         pixels = torch.from_numpy(array.transpose(2, 0, 1).copy())  # (3, S, S)
         return pixels, int(self.labels[index]), image.info["turned"]
+
+    def image_name(self, index):
+        """What messages call an image: its file, or its number."""
+        item = self.images[int(self.rows[index])]
+        path = isinstance(item, dict) and item["path"]
+        return f"image {printable(path) if path else f'{index} of {self.name}'}"
 
     def select(self, rows):
         """The same data with these rows alone, in this order."""
@@ -1205,20 +1215,33 @@ class ImageData(torch.utils.data.Dataset):
         """The same data without these rows, say, those of broken images."""
         return self.select(np.setdiff1d(np.arange(len(self)), np.array(rows, dtype=np.int64)))
 
-    def all_gray(self):
-        """Whether all images are gray by the modes in their headers; what is broken does not count.
-
-        No pixel is decoded: it takes about as long as opening the files.
-        """
-        modes = set()
+    def headers(self):
+        """Yields each image that PIL opens, not decoded; reading names the others."""
         for row in self.rows:
-            item = self.images[int(row)]
-            with contextlib.suppress(Exception), warnings.catch_warnings():  # PIL raises a dozen
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                modes.add(open_image(item).mode)
-                if not modes <= GRAY_MODES:
-                    return False
-        return bool(modes)
+                try:
+                    image = open_image(self.images[int(row)])
+                except Exception:  # PIL raises a dozen kinds
+                    continue
+            yield image
+
+    def all_gray(self):
+        """Whether all images are gray, by the modes in their headers."""
+        modes = set()
+        for image in self.headers():
+            modes.add(image.mode)
+            if not modes <= GRAY_MODES:
+                break
+        return bool(modes) and modes <= GRAY_MODES
+
+    def check_one_size(self):
+        """InputError, before anything is read, when uncropped images have two sizes."""
+        first = None
+        for image in self.headers() if self.image_size is None else ():
+            first = first or image.size
+            if sorted(image.size) != sorted(first):  # in any order: an image may be turned
+                raise mixed_sizes(f"{self.name} has", first, image.size)
 
     def identity(self):
         """A fingerprint of the content: file names, labels, class names, and sizes and first bytes.
@@ -1366,7 +1389,9 @@ def main(args):
     check_args(args)
     network = load_features(args.features, accelerator.device, args.resize or "adm")
     reference = open_reference(args, network, samples, first)
-    asked = [name.strip() for name in args.metrics.split(",")] if args.metrics else None
+    asked = None
+    if args.metrics is not None:
+        asked = [name.strip() for name in args.metrics.split(",")]
     count = len(samples) if samples else args.num_fid_samples if ckpts else None
     metrics = choose_metrics(asked, network, reference, count)
 
@@ -1418,7 +1443,7 @@ SCORED_FLAGS = [
     Flag("--num-fid-samples", "images to generate", 50000, bounds=COUNT, type=int),
     Flag("--label-mode", "the samples' classes: drawn, or in turn", "random",
          choices=("random", "balanced")),
-    Flag("--seed", "image i is drawn from seed + i", 0, bounds=(0, math.inf), type=int),
+    Flag("--seed", "image i is drawn from seed + i", 0, bounds=(0, 2**62), type=int),
     *MODEL_FLAGS,
     Flag("--image-size", "with --samples: crop the images to it; else check the weights' size",
          shown="the samples' size; folders as they are", bounds=COUNT, type=int),
@@ -1497,7 +1522,12 @@ def saves_only(args):
 
 def reads_archives(args):
     """Whether all images that are read, if any, come from .npz files."""
-    return args.ref and all(Path(path).is_file() for path in (args.ref, args.samples) if path)
+    return args.ref and all(is_archive(path) for path in (args.ref, args.samples) if path)
+
+
+def is_archive(path):
+    """Whether a path is an .npz file; other files, such as .parquet, are data sets."""
+    return Path(path).is_file() and Path(path).suffix.lower() == ".npz"
 
 
 def check_args(args):
@@ -1518,8 +1548,8 @@ def check_args(args):
     # What would fail only after hours of sampling fails now.
     for name in ("save_npz", "save_ref", "json", "plot"):
         path = Path(getattr(args, name) or os.devnull)
-        special = path.exists() and not path.is_file()  # a device or a pipe, written as it is
-        if path.is_dir() or not os.access(path if special else path.parent, os.W_OK):
+        written = path if is_written_through(path) else path.parent
+        if path.is_dir() or not os.access(written, os.W_OK):
             raise InputError(f"cannot write --{name.replace('_', '-')} {path}: choose a file in an "
                              "existing folder")
 
@@ -1547,7 +1577,7 @@ def take_reference(args, ckpt, metadata):
 def open_reference(args, network, samples, first):
     """What --ref names: a ReferenceFile, or ImageData of the size of what is scored."""
     # A file is taken as it is, a data set is cropped to what it is compared with.
-    if Path(args.ref).is_file():
+    if is_archive(args.ref):
         reference = ReferenceFile(args.ref, network)
         if args.save_ref and reference.statistics:
             raise InputError(f"{args.ref} has statistics: --save-ref computes those of images")
@@ -1561,18 +1591,23 @@ def open_reference(args, network, samples, first):
     try:
         data = open_images(args.ref, args, size)
     except InputError as error:
-        if args.ref != trained_on.get("data_path"):
+        if not same_path(args.ref, trained_on.get("data_path")):
             raise
         raise InputError(f"cannot read what the model was trained on: {error}; or give another "
                          "--ref") from error
-    if args.ref == trained_on.get("data_path") and trained_on.get("left_out"):
+    if same_path(args.ref, trained_on.get("data_path")) and trained_on.get("left_out"):
         data = data.without(trained_on["left_out"])
     return data
 
 
+def same_path(path, other):
+    """Whether two paths, or names of data sets, mean the same."""
+    return other is not None and os.path.realpath(path) == os.path.realpath(other)
+
+
 def open_images(path, args, size=None):
-    """What --ref or --samples names: NpzImages for a file, else ImageData, cropped to size."""
-    if Path(path).is_file():
+    """What --ref or --samples names: NpzImages for an .npz, else ImageData, cropped to size."""
+    if is_archive(path):
         return NpzImages(path)
     return load_data(
         path, size, args.image_column, args.label_column, args.split, args.upright)
@@ -1617,6 +1652,11 @@ def gather_rows(rows, total, accelerator):
     padded = torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])])
     gathered = accelerator.gather(padded).unflatten(0, (world, share))  # (world, share, ...)
     return gathered.transpose(0, 1).flatten(0, 1)[:total]
+
+
+def is_written_through(path):
+    """Whether a path is a device, a pipe or our own stdout, which are not replaced by a file."""
+    return is_stdout(path) or (path.exists() and not path.is_file())
 
 
 def cache_folder():
@@ -1668,6 +1708,9 @@ class NpzImages:
 
     def __len__(self):
         return self.shape[0]
+
+    def image_name(self, index):
+        return f"image {index} of {self.name}"
 
     @contextlib.contextmanager
     def open(self):
@@ -1740,7 +1783,11 @@ class ReferenceFile:
                 where = bad[0].tolist()
                 raise InputError(f"{name} of {self.path} is not finite: "
                                  f"{arrays[name][tuple(where)]} at {where}")
-        return tuple(torch.from_numpy(arrays[name]).double() for name in (mean, covariance))
+        mu, sigma = (torch.from_numpy(arrays[name]).double() for name in (mean, covariance))
+        if sigma.diagonal().min() < 0 or not torch.allclose(sigma, sigma.T, 1e-3, 1e-6):
+            raise InputError(f"{covariance} of {self.path} is no covariance: it is not symmetric, "
+                             "or a variance is negative")
+        return mu, sigma
 
     def check_network(self, arrays, network):
         """InputError for statistics of another network, or of another way of resizing.
@@ -1873,6 +1920,12 @@ class ReferenceCache:
                   "does without", flush=True)
 
 
+def mixed_sizes(whose, first, other):
+    """The error about images of two sizes (W, H) that one array cannot hold."""
+    return RankLocalError(f"{whose} {first[0]} x {first[1]} and {other[0]} x {other[1]} pixels, "
+                          "and an .npz holds images of one size: crop them with --image-size")
+
+
 class NpzWriter:
     """Keeps images on their way to the features, and makes an ADM .npz of them.
 
@@ -1889,8 +1942,7 @@ class NpzWriter:
         self.accelerator = accelerator
         self.file = None
         if accelerator.is_main_process:
-            special = self.path.exists() and not self.path.is_file()  # a device or a pipe
-            folder = None if special else self.path.parent
+            folder = None if is_written_through(self.path) else self.path.parent
             with self._naming():
                 self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by `write`
 
@@ -1914,10 +1966,8 @@ class NpzWriter:
             # One array holds all, so another size is an error and not a damaged file.
             for image in images:
                 if list(image.shape[1:]) != size:
-                    raise RankLocalError(
-                        f"cannot write {self.path}: an .npz holds images of one size, and these "
-                        f"have {size[1]} x {size[0]} and {image.shape[2]} x {image.shape[1]} "
-                        "pixels; crop them with --image-size")
+                    found = image.shape[2], image.shape[1]
+                    raise mixed_sizes("these images have", size[::-1], found)
 
             # All processes take part in gathering; the main one alone has a file.
             images = images.to(self.accelerator.device)
@@ -1977,7 +2027,7 @@ def read_sample(folder, number, size):
     if not path.is_file():
         return None
     try:
-        array = np.asarray(decode_image(dict(path=path, bytes=None), path))
+        array = np.asarray(decode_image(dict(path=path, bytes=None), f"sample {path}"))
     except BrokenImage:
         return None
     if array.shape != (size, size, 3):

@@ -10,6 +10,7 @@ import threading
 import urllib.error
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -543,13 +544,24 @@ def test_the_default_reference_is_what_the_model_was_trained_on(
             cli(*flags)
 
 
-def test_a_reference_of_several_sizes_is_not_written(tmp_path):
+@pytest.mark.parametrize("size", [(10, 8), (4, 16)])
+def test_a_reference_of_several_sizes_is_refused_before_it_is_read(tmp_path, size, monkeypatch):
     write_images(tmp_path / "ref", 9)
-    Image.new("RGB", (10, 8)).save(tmp_path / "ref" / "wide.png")
-    with pytest.raises(InputError, match="10 x 8.*--image-size"):
-        cli("--ref", tmp_path / "ref", "--features", "efficientnet-lite0", "--save-ref",
+    Image.new("RGB", size).save(tmp_path / "ref" / "wide.png")
+    args = ("--ref", tmp_path / "ref", "--features", "efficientnet-lite0", "--save-ref",
             tmp_path / "ref.npz")
-    assert not (tmp_path / "ref.npz").exists()
+    read, images = [], evaluate.ImageData.read
+    monkeypatch.setattr(evaluate.ImageData, "read",
+                        lambda *args: read.append(args) or images(*args))
+    with pytest.raises(InputError, match=f"{size[0]} x {size[1]}.*--image-size"):
+        cli(*args)
+    assert not (tmp_path / "ref.npz").exists() and not read
+    monkeypatch.setattr(evaluate.ImageData, "check_one_size", lambda data: None)
+    with pytest.raises(InputError, match=f"{size[0]} x {size[1]}.*--image-size"):
+        cli(*args)  # found while it is read
+    assert not (tmp_path / "ref.npz").exists() and read
+    cli(*args, "--image-size", 8)
+    assert np.load(tmp_path / "ref.npz")["arr_0"].shape == (10, 8, 8, 3)
 
 
 @pytest.mark.parametrize(("flags", "word"), [
@@ -573,7 +585,7 @@ def test_flags_that_would_do_nothing_are_refused(flags, word, checkpoint, forty,
         cli(*(names.get(flag, flag) for flag in flags.split()))
 
 
-def test_features_that_are_not_finite_name_their_image(standin, forty):
+def test_features_that_are_not_finite_name_their_image(standin, forty, tmp_path):
     network, calls = load_features(standin, "cpu"), []
 
     class Broken:
@@ -586,8 +598,46 @@ def test_features_that_are_not_finite_name_their_image(standin, forty):
                 features[3, 5] = torch.nan
             return features, probs, None
 
-    with pytest.raises(InputError, match="image 11 of .*not finite"):
-        reference_features(evaluate.load_folder(forty), Broken(), make_accelerator(), batch_size=8)
+    one = make_accelerator()
+    with pytest.raises(InputError, match=r"image .*/11\.png are not finite"):
+        reference_features(evaluate.load_folder(forty), Broken(), one, batch_size=8)
+    np.savez(tmp_path / "a.npz", np.zeros((40, 8, 8, 3), np.uint8))
+    calls.clear()
+    with pytest.raises(InputError, match=r"image 11 of a\.npz are not finite"):
+        reference_features(NpzImages(tmp_path / "a.npz"), Broken(), one, batch_size=8)
+
+
+@pytest.mark.parametrize(("sigma", "words"), [
+    (np.triu(np.ones((24, 24))), "not symmetric"), (-np.eye(24), "negative")])
+def test_a_matrix_that_is_no_covariance_is_named(standin, forty, tmp_path, sigma, words):
+    path = statistics_file(tmp_path / "ref.npz", sigma=sigma)
+    with pytest.raises(InputError, match=f"sigma of .*ref.npz is no covariance.*{words}"):
+        cli("--samples", forty, "--ref", path, "--features", standin)
+
+
+def test_a_file_of_another_kind_is_a_data_set(standin, forty, tmp_path):
+    content = [dict(bytes=path.read_bytes(), path=None) for path in sorted(Path(forty).iterdir())]
+    rows = datasets.Dataset.from_dict(dict(image=content)).cast_column("image", datasets.Image())
+    rows.to_parquet(tmp_path / "ref.parquet")
+    result = cli("--samples", forty, "--ref", tmp_path / "ref.parquet", "--image-size", 8,
+                 "--features", standin, "--metrics", "fid", out=tmp_path / "a.json")
+    assert result["num_reference"] == 40 and result["fid"] == pytest.approx(0, abs=1e-6)
+
+
+def test_images_that_the_model_left_out_are_left_out(checkpoint, standin, tmp_path):
+    write_images(tmp_path / "data", 9)
+    (tmp_path / "data" / "004.png").write_text("no picture")
+    model = load_checkpoint(checkpoint)
+    for name, left_out in (("whole", []), ("partly", [4])):
+        save_checkpoint(tmp_path / f"{name}.safetensors", model, vae="none", left_out=left_out,
+                        sampling=dict(num_sampling_steps=2), data_path=f"{tmp_path}/data")
+    few = ("--features", standin, "--num-fid-samples", 4, "--metrics", "fid")
+    for spelled in ((), ("--ref", f"{tmp_path}/./data/")):
+        result = cli("--ckpt", tmp_path / "partly.safetensors", *few, *spelled,
+                     out=tmp_path / "a.json")
+        assert result["num_reference"] == 8
+        with pytest.raises(InputError, match=r"cannot read image .*004\.png"):
+            cli("--ckpt", tmp_path / "whole.safetensors", *few, *spelled)
 
 
 def test_metrics_may_go_to_what_is_no_file(forty, tmp_path):
