@@ -129,7 +129,7 @@ def test_nonsense_is_refused_in_words(app, ckpt, controls, words):
 @needs_gradio
 def test_command_line_refuses_a_checkpoint_that_is_not_there(tmp_path):
     command = [sys.executable, APP, "--ckpt", tmp_path / "nothing"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ") and "nothing" in done.stderr
     assert "Traceback" not in done.stderr
@@ -161,7 +161,7 @@ def address(ckpt, tmp_path_factory):
             [sys.executable, APP, "--ckpt", ckpt], env=environment, stdout=file, stderr=file)
     address = f"http://127.0.0.1:{port}/"
     try:
-        wait_for(lambda: answers(address) or server.poll() is not None, 120)
+        wait_for(lambda: answers(address) or server.poll() is not None, 300)
         assert server.poll() is None, log.read_text()
         yield address
     finally:
@@ -300,5 +300,5 @@ def test_the_page_asks_no_other_host(page, address):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
             asked.add(message["params"]["request"]["url"])
-    assert any(url.startswith(address) for url in asked)
-    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+    asked = {url for url in asked if url.startswith(("http", "ws"))}
+    assert asked and [url for url in asked if not url.startswith(address)] == []

@@ -121,7 +121,8 @@ def build_page(args):
                 ]
                 button = gr.Button("Draw", variant="primary")
             with gr.Column(scale=2):
-                picture = gr.Image(label="picture", format="png", height=480, interactive=False)
+                picture = gr.Image(label="picture", format="png", height=480, interactive=False,
+                                   buttons=["download", "fullscreen"])
                 words = gr.Textbox(label="what it shows", interactive=False, lines=3)
         button.click(on_click, controls, [picture, words], show_progress="minimal")
     return page
