@@ -7,12 +7,16 @@
         --data-path ILSVRC/imagenet-1k --latent-cache latents --compile     the paper, eight GPUs
     torchrun --nproc_per_node 2 train_accelerate.py           two processes on a CPU
 
-Read evaluate.py first. One step, with images x, labels y, the process of gaussian_diffusion.py and
-the network eps_theta of dit.py:
+Read evaluate.py first. One step, with images x, labels y, a process of gaussian_diffusion.py and
+the network f of dit.py:
 
-    t ~ uniform steps, eps ~ normal       both functions of (seed, step, index in the global batch)
-    x_t  = q_sample(latents(x), t, eps)
-    loss = mean |eps - eps_theta(x_t, t, y)|^2 + L_vb
+    x_0 = latents(x),  eps ~ normal       functions of (seed, step, index in the global batch), as t
+
+    --objective ddpm (the paper)          flow, sit (SiT)
+    t    ~ uniform steps                  logit-normal in [0, 1], or uniform
+    x_t  = q_sample(x_0, t, eps)          t x_0 + (1 - t) eps
+    loss = |eps - f(x_t, t, y)|^2 + L_vb  |x_0 - eps - f(x_t, t, y)|^2
+
     AdamW step;  ema = decay * ema + (1 - decay) * weights
 
 The same command again resumes the run where it stopped, and it ends as if it had never stopped:
@@ -56,7 +60,7 @@ from evaluate import (
     read_batches,
     reference_features,
 )
-from gaussian_diffusion import create_process
+from gaussian_diffusion import OBJECTIVES, create_process
 from sample_grid import (
     SAMPLING_FLAGS,
     Autoencoder,
@@ -90,7 +94,7 @@ def main(args):
     # The network, its moving average (EMA), which samples better, and the process that adds noise.
     network = build_network(args, vae, init=None if step_folders(folder) else args.init).to(device)
     ema = copy.deepcopy(network).eval().requires_grad_(False)
-    diffusion = create_process()
+    diffusion = create_process(args.objective, time_sampling=args.time_sampling)
     ema.metadata = describe(args, data, vae, diffusion)
     trained = [weight for weight in network.parameters() if weight.requires_grad]
     adam = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0, fused=True)
@@ -223,6 +227,13 @@ SETTINGS = {
                 "images that a cache may leave out"),
     ],
     "how": [
+        Setting("--objective",                   "ddpm",      "ddpm",     ANY,     "fixed",
+                "what the network learns: ddpm the noise, as in the paper; flow the velocity of "
+                "straight paths; sit the same with the time as SiT's weights take it",
+                choices=OBJECTIVES),
+        Setting("--time-sampling",               None,        None,       ANY,     "fixed",
+                "times that flow and sit train at, of which logit-normal favours the middle",
+                choices=("uniform", "logit-normal"), shown="logit-normal"),
         Setting("--global-batch-size",           256,         128,        FROM_1,  "asked",
                 "images a step, over all processes"),
         Setting("--epochs",                      1400,        None,       FROM_1,  "free",
@@ -318,10 +329,15 @@ def fill_preset(args):
         args.eval_every = 0
 
     # An option that would do nothing is an error.
+    if args.objective == "ddpm" and args.time_sampling:
+        raise InputError(f"--time-sampling {args.time_sampling} is for --objective flow and sit: "
+                         "ddpm's times are uniform")
     if args.latent_cache and args.vae == "none":
         raise InputError("--latent-cache does nothing with --vae none: pixels need no encoding")
     if args.tracker not in ("none", *map(str, get_available_trackers())):
         raise InputError(f"--tracker {args.tracker} needs a package: pip install {args.tracker}")
+    if args.time_sampling is None:
+        args.time_sampling = "uniform" if args.objective == "ddpm" else "logit-normal"
 
 
 def start_accelerator(args):
@@ -392,35 +408,55 @@ def describe(args, data, vae, diffusion):
 
 
 def build_network(args, vae, init):
-    """A new DiT for the data, with the weights of the checkpoint `init` if it is not None.
-
-    The label table is new when it has another number of rows there, the position embedding when the
-    size differs. InputError when anything else has another shape.
-    """
+    """A new DiT for the data, with the weights of the checkpoint `init` if it is not None."""
     # Initial weights depend on the seed alone, and are the same in every process.
     torch.manual_seed(args.global_seed)
     network = dit.build_dit(
         args.model, input_size=args.image_size // vae.factor, in_channels=vae.channels,
         num_classes=args.num_classes, class_dropout_prob=args.class_dropout_prob,
+        learn_sigma=args.objective == "ddpm",
     )
     network.gradient_checkpointing = args.gradient_checkpointing
-    if init is None:
-        return network
+    if init is not None:
+        take_weights(network, args.model, init)
+    return network
+
+
+def take_weights(network, name, init):
+    """Give a new network of that name the weights of the checkpoint init, to fine-tune them.
+
+    The position embedding may be of another size there, and the label table may have another number
+    of rows: they are new then. The half of the final layer that predicts ddpm's variance is left
+    out or new. InputError when anything else differs.
+    """
+    given = dit.load_checkpoint(init)
+    # What may differ is made to fit below, the rest said in words.
+    made_to_fit = {"input_size", "num_classes", "class_dropout_prob", "learn_sigma"}
+    wrong = [f"{entry} {given.config[entry]}, not {value}"
+             for entry, value in network.config.items()
+             if value != given.config[entry] and entry not in made_to_fit]
+    if wrong:
+        raise InputError(f"--init {init} does not fit {name} here: it has {'; '.join(wrong)}")
 
     # Positions are fixed sinusoids, and rows of other classes would mean nothing here.
-    own, given = network.state_dict(), dit.load_checkpoint(init).state_dict()
-    given["pos_embed"] = own["pos_embed"]
+    own, weights = network.state_dict(), given.state_dict()
+    weights["pos_embed"] = own["pos_embed"]
     table = "y_embedder.embedding_table.weight"
-    rows, given_rows = len(own[table]), len(given[table])
+    rows, given_rows = len(own[table]), len(weights[table])
     if rows != given_rows:
         dit.log_stderr(f"--init: the label table is new, {rows} rows in place of {given_rows}")
-        given[table] = own[table]
-    fits = lambda name: name in given and given[name].shape == own[name].shape
-    if wrong := [name for name in own if not fits(name)]:
-        raise InputError(f"--init {init} does not fit {args.model} here: "
-                         f"{', '.join(wrong[:3])} have other shapes")
-    network.load_state_dict(given)
-    return network
+        weights[table] = own[table]
+
+    # The last layer's rows are p x p pixels of out_channels each, the predicted variance last.
+    if network.learn_sigma != given.learn_sigma:
+        done = "new, zero" if network.learn_sigma else "left out"
+        dit.log_stderr(f"--init: the final layer's half for ddpm's variance is {done}")
+        pixels, channels = network.patch_size**2, network.in_channels
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            fitting = own[name].unflatten(0, (pixels, -1))  # (p p, C or 2C, ...)
+            fitting[:, :channels] = weights[name].unflatten(0, (pixels, -1))[:, :channels]
+            weights[name] = fitting.flatten(0, 1)
+    network.load_state_dict(weights)
 
 
 def update_weights(accelerator, optimizer, lr, finite):
@@ -1213,11 +1249,15 @@ def claim(lock, folder, settings):
 
 def check_settings(folder, new):
     """InputError unless a run that has begun can be resumed with these settings."""
-    old = read_json(folder / "config.json")
+    # A run from before there was a flag had the flag's default.
+    defaults = {row.dest: row.recipes[recipe(argparse.Namespace(**new))] for row in ROWS}
+    old = {name: value for name, value in defaults.items() if value is not None}
+    old |= read_json(folder / "config.json")
     # TF32 is the one sampling flag that training feels, too.
     rules = {flag.dest: "free" for flag in SAMPLING_FLAGS} | {row.dest: row.resume for row in ROWS}
     rules |= dict(tf32="asked", num_processes="free")
-    asked = {name: value for name, value in new.items() if rules.get(name, "asked") != "free"}
+    asked = {name: value for name, value in new.items()
+             if name in old and rules.get(name, "asked") != "free"}
     fixed = {name: value for name, value in asked.items() if rules.get(name) == "fixed"}
     begun = f"{folder} was begun with other settings"
     if changed := differences(old, fixed):

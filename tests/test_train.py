@@ -199,12 +199,33 @@ def test_more_steps_later_are_as_if_asked_for_at_once(tmp_path, whole_run):
     assert all(torch.equal(tensors[name], whole[name]) for name in whole)
 
 
-def test_two_processes_are_one_with_two_accumulation_steps(tmp_path):
-    one = train(tmp_path / "one", "--gradient-accumulation-steps", 2, "--log-every", 1)
-    assert wait(*fork_two(lambda: train(tmp_path / "two", "--log-every", 1))) == [0, 0]
+LOSSES = dict(ddpm={"loss", "mse", "vb"}, flow={"loss", "mse"}, sit={"loss", "mse"})
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "flow"])
+def test_two_processes_are_one_with_two_accumulation_steps(tmp_path, objective):
+    flags = ["--objective", objective, "--log-every", 1]
+    one = train(tmp_path / "one", "--gradient-accumulation-steps", 2, *flags)
+    assert wait(*fork_two(lambda: train(tmp_path / "two", *flags))) == [0, 0]
     for a, b in zip(lines(one), lines(tmp_path / "two" / "run"), strict=True):
-        for name in ("loss", "mse", "vb", "grad_norm", "latent_std"):
+        assert a.keys() & LOSSES["ddpm"] == LOSSES[objective]
+        for name in (*LOSSES[objective], "grad_norm", "latent_std"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
+
+
+def test_flow_resumes_exactly_and_its_weights_say_so(tmp_path):
+    flags = ["--objective", "flow", "--sample-every", 3]
+    whole = train(tmp_path / "whole", *flags)
+    train(tmp_path / "parts", *flags, "--max-steps", 3)
+    for words, others in {
+        "objective was 'flow', now 'sit'": ["--objective", "sit"],
+        "time_sampling was 'logit-normal', now 'uniform'": ["--time-sampling", "uniform"],
+    }.items():
+        with pytest.raises(InputError, match=words):
+            train(tmp_path / "parts", *flags, *others, "--allow-changes")
+    assert_same(train(tmp_path / "parts", *flags), whole)
+    ema = load_checkpoint(whole)
+    assert ema.metadata["objective"] == "flow" and ema.out_channels == ema.in_channels == 1
 
 
 def test_two_processes_resume_exactly(tmp_path):
@@ -494,6 +515,9 @@ def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path, mon
     (["--model", "DiT-Q/2"], "DiT-Q/2"),
     (["--init", "nowhere"], "nowhere"),
     (["--tracker", "wandb"], "pip install wandb"),
+    (["--time-sampling", "uniform"], "--time-sampling uniform is for --objective flow and sit"),
+    (["--objective", "flow", "--sampler", "ddim"], "flow has no sampler 'ddim'"),
+    (["--sampler", "heun"], "ddpm has no sampler 'heun'"),
     (["--mixed-precision", "fp16"], "fp16"),
     (["--features", "nothing", "--eval-every", 1], "nothing"),
     (["--data-path", "nowhere"], "nowhere"),
@@ -597,6 +621,20 @@ def test_init_takes_the_weights_and_makes_a_new_label_table(tmp_path, capfd):
     (tmp_path / "given.safetensors").unlink()
     # It resumes from its own checkpoint.
     train(tmp_path, "--init", tmp_path / "given.safetensors", "--lr", 0)
+
+
+@pytest.mark.parametrize(("given_by", "trained", "words"), [
+    (True, "flow", "variance is left out"), (False, "ddpm", "variance is new, zero")])
+def test_init_fits_the_final_layer_to_the_objective(tmp_path, given_by, trained, words, capfd):
+    given = build_dit("DiT-Ti/2", input_size=8, in_channels=1, num_classes=10, learn_sigma=given_by)
+    torch.nn.init.normal_(given.final_layer.linear.weight)
+    save_checkpoint(tmp_path / "given.safetensors", given)
+    train(tmp_path, "--init", tmp_path / "given.safetensors", "--lr", 0, "--max-steps", 2,
+          "--objective", trained)
+    assert words in capfd.readouterr().err
+    found = load_checkpoint(tmp_path / "run")
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 900.0]), torch.tensor([1, 10])
+    assert torch.equal(found(x, t, y)[:, :1], given.eval()(x, t, y)[:, :1])
 
 
 def test_init_with_other_shapes_is_refused(tmp_path):
