@@ -214,7 +214,7 @@ def test_two_processes_are_one_with_two_accumulation_steps(tmp_path, objective):
 
 
 def test_flow_resumes_exactly_and_its_weights_say_so(tmp_path):
-    flags = ["--objective", "flow", "--sample-every", 3]
+    flags = ["--objective", "flow", "--sample-every", 3, "--ckpt-every", 3]
     whole = train(tmp_path / "whole", *flags)
     train(tmp_path / "parts", *flags, "--max-steps", 3)
     for words, others in {
