@@ -181,14 +181,16 @@ def sampling_settings(args, model, cfg_scale):
     model, the device or the schedule cannot do, and for flags that would do nothing.
     """
     check_flags(args, SAMPLING_FLAGS)
-    suggested = model.metadata.get("sampling", {})
+    suggested = dict(model.metadata.get("sampling", {}))
+    # The process is that which the weights were trained for; it knows its samplers.
+    objective = model.metadata.get("objective", "ddpm")
+    default = suggested.get("sampler", create_process(objective).samplers[0])
+    sampler = args.sampler or default
+    if "sampler" in suggested and sampler != default:
+        suggested.pop("num_sampling_steps", None)  # so many steps were meant for that sampler
     steps = args.num_sampling_steps
     if steps is None:
         steps = suggested.get("num_sampling_steps", 250)
-
-    # The process is that which the weights were trained for; it knows its samplers.
-    objective = model.metadata.get("objective", "ddpm")
-    sampler = args.sampler or create_process(objective).samplers[0]
     try:
         diffusion = create_process(objective, sampler, steps, model.learn_sigma)
     except ValueError as error:
@@ -646,14 +648,14 @@ def add_flags(parser, title, flags):
 COUNT = (1, math.inf)  # the bounds of what is counted
 SAMPLING_FLAGS = [  # shared by all three command lines
     Flag("--sampler", f"how to walk from noise to image; {', '.join(FlowMatching.samplers)} are "
-         "for --objective flow and sit", shown="ddpm, or for flow and sit euler",
+         "for --objective flow and sit", shown="the weights' suggestion, else ddpm or euler",
          choices=(*GaussianDiffusion.samplers, *FlowMatching.samplers)),
-    Flag("--num-sampling-steps", "steps of the sampler", shown="50 for digits, else 250",
+    Flag("--num-sampling-steps", "steps of the sampler", shown="the weights' suggestion, else 250",
          bounds=(1, 1000), type=int),
     Flag("--eta", "noise of --sampler ddim: 0 none, 1 as much as DDPM", shown="0", bounds=(0, 1),
          type=float),
     Flag("--cfg-scale", "guidance scale; 1.0 is off, and 0 is not: it ignores the class",
-         shown="1.5 for digits, else 4.0 for pictures and 1.0 for metrics",
+         shown="the weights' suggestion, else 4.0 for pictures and 1.0 for metrics",
          bounds=(-math.inf, math.inf), type=float),
     Flag("--cfg-channels", "guide the first N channels only; 3 is what the official code does",
          shown="all", bounds=COUNT, type=int, metavar="N"),
@@ -803,6 +805,8 @@ class ProgressBar:
     Use it as a context manager and call `advance`; both show the time left, and `note`.
     """
 
+    innermost = None  # of those that are open, the one that shows: a terminal has room for one
+
     def __init__(self, accelerator, text, total, done=0):
         self.visible = accelerator.is_main_process
         self.bar = None
@@ -815,6 +819,9 @@ class ProgressBar:
         self.last_line = self.began
 
     def __enter__(self):
+        self.outer, ProgressBar.innermost = ProgressBar.innermost, self
+        if self.outer and self.outer.bar:
+            self.outer.bar.stop()
         console = Console()
         if self.visible and console.is_terminal:
             self.bar = Progress(
@@ -828,6 +835,9 @@ class ProgressBar:
     def __exit__(self, *exception):
         if self.bar:
             self.bar.stop()
+        ProgressBar.innermost = self.outer
+        if self.outer and self.outer.bar:
+            self.outer.bar.start()
 
     def advance(self, count=1, note=None):
         self.done += count
