@@ -124,7 +124,7 @@ def assert_same(run, other):
 def quick_evaluation(monkeypatch):
     """An evaluation that takes no time; its distance falls and rises: the best is at the middle."""
     class Network:
-        distance = "FD"
+        name, distance, spatial = "none", "FD", False
 
     def figures(ema, *args, seed, **sampling):
         assert not ema.training
