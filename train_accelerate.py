@@ -51,6 +51,7 @@ import torch
 from accelerate import InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from filelock import FileLock, Timeout
 
 import dit
@@ -103,8 +104,8 @@ def main(args):
     columns = args.image_column, args.label_column
     data = load_data(args.data_path, args.image_size, *columns, args.split, args.upright)
     vae = Autoencoder.load(args.vae, device, data.channels)
-    fit_to_data(args, data, vae, accelerator)
     folder = run_folder(args, data)
+    fit_to_data(args, data, vae, folder, accelerator)
 
     # The network, its moving average (EMA), which samples better, and the process that adds noise.
     network = build_network(args, vae, init=None if step_folders(folder) else args.init).to(device)
@@ -133,7 +134,8 @@ def main(args):
         means = RunningMeans(diffusion.loss_names, accelerator)
         checkpoints = Checkpoints(folder, args, accelerator, model, ema, adam, means, log)
         start, total = checkpoints.resume(), count_steps(args, len(data))
-        on_main(accelerator, write_json, folder / "config.json", settings)
+        fit_to_memory(args, diffusion, network, model, adam, accelerator)
+        on_main(accelerator, write_json, folder / "config.json", settings | vars(args))
         previews.catch_up(start, total)
 
         # Workers load this process's parts of the global batches ahead of the steps.
@@ -239,6 +241,7 @@ ANY, FROM_0, FROM_1, SHARE = None, (0, math.inf), (1, math.inf), (0, 1)
 SIZE, NETWORK, VAE = ByData(8, 256), ByData("DiT-Ti/2", "DiT-XL/2"), ByData("none", "ema")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 WORKERS = ByData(0, min(4, CORES))  # digits are in memory
+AUTO = 0  # parts of a batch
 LOGS, TENTHS, WHOLE = PerRun(20, 100), PerRun(10, 50_000), PerRun(1, 50_000)
 
 SETTINGS = {
@@ -297,8 +300,10 @@ SETTINGS = {
         Setting("--mixed-precision",             None,        None,       ANY,     "asked",
                 "autocast of the network; weights stay float32",
                 choices=("no", "fp16", "bf16"), shown="as accelerate is configured, else no"),
-        Setting("--gradient-accumulation-steps", 1,           1,          FROM_1,  "asked",
-                "parts of a batch, one after the other"),
+        Setting("--gradient-accumulation-steps", AUTO,        AUTO,       FROM_0,  "asked",
+                "parts of a batch, one after the other; auto finds how few fit the memory",
+                type=lambda text: AUTO if text == "auto" else int(text), metavar="N|auto",
+                shown="auto; one on a CPU"),
         Setting("--gradient-checkpointing",      False,       False,      ANY,     "asked",
                 "less memory, a third more time"),
         Setting("--compile",                     False,       False,      ANY,     "asked",
@@ -398,17 +403,25 @@ def fill_preset(args):
 def start_accelerator(args):
     return make_accelerator(
         args.mixed_precision, args.tf32, project_dir=args.results_dir,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_accumulation_steps=max(1, args.gradient_accumulation_steps),
         log_with=None if args.tracker == "none" else args.tracker,
         # Hours, because one process may have more latents to cache than another.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))])
 
 
-def fit_to_data(args, data, vae, accelerator):
+def fit_to_data(args, data, vae, folder, accelerator):
     """Check the settings against the data and the processes; take from them what is unset."""
     # What accelerate's configuration says counts where no flag does, and is on record then.
     args.mixed_precision = accelerator.mixed_precision
-    args.gradient_accumulation_steps = accelerator.gradient_accumulation_steps
+    configured = accelerator.gradient_accumulation_steps
+    if args.gradient_accumulation_steps == AUTO and configured > 1:
+        args.gradient_accumulation_steps = configured
+    # What auto has found is kept when the run is resumed.
+    if args.gradient_accumulation_steps == AUTO and step_folders(folder):
+        recorded = read_json(folder / "config.json")
+        args.gradient_accumulation_steps = recorded["gradient_accumulation_steps"]
+    accelerator.gradient_accumulation_steps = max(1, args.gradient_accumulation_steps)
+
     # Every process makes as many equal parts of the batch as the others.
     parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
     if args.global_batch_size % parts:
@@ -565,7 +578,11 @@ def take_weights(network, name, init):
              for entry, value in network.config.items()
              if value != given.config[entry] and entry not in made_to_fit]
     if wrong:
-        raise InputError(f"--init {init} does not fit {name} here: it has {'; '.join(wrong)}")
+        hint = ""
+        if network.in_channels != given.in_channels:
+            hint = ("; channels are 1 for gray pixels, 3 for pixels in colour (--vae none), and 4 "
+                    "for the usual latents")
+        raise InputError(f"--init {init} does not fit {name} here: it has {'; '.join(wrong)}{hint}")
 
     # Positions are fixed sinusoids, and rows of other classes would mean nothing here.
     own, weights = network.state_dict(), given.state_dict()
@@ -586,6 +603,60 @@ def take_weights(network, name, init):
             fitting[:, :channels] = weights[name].unflatten(0, (pixels, -1))[:, :channels]
             weights[name] = fitting.flatten(0, 1)
     network.load_state_dict(weights)
+
+
+TRIED = ("cuda", "xpu", "mps", "npu")  # devices whose memory a batch may be too large for
+REMEDIES = ("out of memory: --gradient-checkpointing or a smaller --model or --image-size need "
+            "less, as do a --latent-cache and --gradient-accumulation-steps N, a batch in N parts")
+
+
+def fit_to_memory(args, diffusion, network, model, adam, accelerator):
+    """Cut batches in as few parts as fit the device's memory, unless their number is given.
+
+    All randomness hangs on a place in the global batch, so that more parts are the same batch. A
+    trial of forward and backward tells whether a part fits; processes agree. InputError when not
+    even one image does.
+    """
+    # FSDP's processes would wait for one that is out of memory.
+    tried = accelerator.device.type in TRIED and accelerator.distributed_type != "FSDP"
+    parts = args.gradient_accumulation_steps or 1
+    own = args.global_batch_size // accelerator.num_processes
+    while args.gradient_accumulation_steps == AUTO and tried:
+        fits = trial_fits(own // parts, diffusion, network, model, adam, accelerator)
+        everywhere = accelerator.reduce(torch.tensor(float(fits), device=accelerator.device))
+        if everywhere == accelerator.num_processes:
+            break
+        if parts == own:
+            raise InputError(f"not even one image fits: {REMEDIES}")
+        # About twice as many, all of one size.
+        parts = next(n for n in range(2 * parts, own + 1) if own % n == 0)
+        accelerator.print(f"out of memory: a batch is cut in {parts} parts", flush=True)
+    args.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = parts
+
+
+def trial_fits(size, diffusion, network, model, adam, accelerator):
+    """Whether forward and backward of so many images fit the memory; nothing is changed."""
+    fits = True
+    try:
+        # AdamW makes two moments of each weight in its first step; the gradients stay here.
+        trained = [weight for weight in network.parameters() if weight.requires_grad]
+        moments = [] if adam.state else [torch.empty_like(weight) for weight in 2 * trained]
+        shape = size, network.in_channels, network.input_size, network.input_size
+        x = torch.zeros(shape, device=accelerator.device)
+        y = torch.zeros(size, dtype=torch.int64, device=x.device)
+        t = diffusion.draw_times(size, torch.Generator(x.device).manual_seed(0))
+        with accelerator.no_sync(model):
+            losses = diffusion.training_losses(model, x, t, dict(y=y, drop=y > 0), noise=x)
+            losses["loss"].mean().backward()
+        del moments
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        fits = False
+    # Outside of the handler, which keeps the failed step's tensors alive.
+    adam.zero_grad()
+    clear_device_cache()
+    return fits
 
 
 def update_weights(accelerator, optimizer, lr, finite):
@@ -1196,8 +1267,9 @@ class Previews:
         _, self.scored = sampling_settings(quick, ema, cfg_scale=1.0)
         self.reference = None
         self.features = None
-        self.size_scores()
+        self.compared = data
         self.plan = "no scores"
+        self.size_scores()
         if args.eval_every:
             self.prepare_scores()
 
@@ -1218,6 +1290,7 @@ class Previews:
         args.eval_samples = min(most, affordable, len(self.data))
         if args.eval_samples < 2:
             args.eval_samples = args.eval_every = 0
+            self.plan = "no scores: they would cost more than the training; --eval-samples N scores"
 
     def prepare_scores(self):
         """Choose the feature network, the reference's images, and the metrics that they allow."""
@@ -1445,9 +1518,18 @@ def open_run(folder, settings, accelerator):
         if settings["tracker"] != "none":
             start_tracker(folder, settings, accelerator)
         yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise RankLocalError(REMEDIES) from error
     finally:
         accelerator.end_training()
         lock.release()
+
+
+def out_of_memory(error):
+    """Whether an error says that the device's memory is full, in whichever of their words."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def start_tracker(folder, settings, accelerator):
