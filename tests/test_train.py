@@ -124,7 +124,7 @@ def assert_same(run, other):
 def quick_evaluation(monkeypatch):
     """An evaluation that takes no time; its distance falls and rises: the best is at the middle."""
     class Network:
-        distance = "FD"
+        name, distance, spatial = "none", "FD", False
 
     def figures(ema, *args, seed, **sampling):
         assert not ema.training
@@ -199,12 +199,33 @@ def test_more_steps_later_are_as_if_asked_for_at_once(tmp_path, whole_run):
     assert all(torch.equal(tensors[name], whole[name]) for name in whole)
 
 
-def test_two_processes_are_one_with_two_accumulation_steps(tmp_path):
-    one = train(tmp_path / "one", "--gradient-accumulation-steps", 2, "--log-every", 1)
-    assert wait(*fork_two(lambda: train(tmp_path / "two", "--log-every", 1))) == [0, 0]
+LOSSES = dict(ddpm={"loss", "mse", "vb"}, flow={"loss", "mse"}, sit={"loss", "mse"})
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "flow"])
+def test_two_processes_are_one_with_two_accumulation_steps(tmp_path, objective):
+    flags = ["--objective", objective, "--log-every", 1]
+    one = train(tmp_path / "one", "--gradient-accumulation-steps", 2, *flags)
+    assert wait(*fork_two(lambda: train(tmp_path / "two", *flags))) == [0, 0]
     for a, b in zip(lines(one), lines(tmp_path / "two" / "run"), strict=True):
-        for name in ("loss", "mse", "vb", "grad_norm", "latent_std"):
+        assert a.keys() & LOSSES["ddpm"] == LOSSES[objective]
+        for name in (*LOSSES[objective], "grad_norm", "latent_std"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
+
+
+def test_flow_resumes_exactly_and_its_weights_say_so(tmp_path):
+    flags = ["--objective", "flow", "--sample-every", 3, "--ckpt-every", 3]
+    whole = train(tmp_path / "whole", *flags)
+    train(tmp_path / "parts", *flags, "--max-steps", 3)
+    for words, others in {
+        "objective was 'flow', now 'sit'": ["--objective", "sit"],
+        "time_sampling was 'logit-normal', now 'uniform'": ["--time-sampling", "uniform"],
+    }.items():
+        with pytest.raises(InputError, match=words):
+            train(tmp_path / "parts", *flags, *others, "--allow-changes")
+    assert_same(train(tmp_path / "parts", *flags), whole)
+    ema = load_checkpoint(whole)
+    assert ema.metadata["objective"] == "flow" and ema.out_channels == ema.in_channels == 1
 
 
 def test_two_processes_resume_exactly(tmp_path):
@@ -494,6 +515,9 @@ def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path, mon
     (["--model", "DiT-Q/2"], "DiT-Q/2"),
     (["--init", "nowhere"], "nowhere"),
     (["--tracker", "wandb"], "pip install wandb"),
+    (["--time-sampling", "uniform"], "--time-sampling uniform is for --objective flow and sit"),
+    (["--objective", "flow", "--sampler", "ddim"], "flow has no sampler 'ddim'"),
+    (["--sampler", "heun"], "ddpm has no sampler 'heun'"),
     (["--mixed-precision", "fp16"], "fp16"),
     (["--features", "nothing", "--eval-every", 1], "nothing"),
     (["--data-path", "nowhere"], "nowhere"),
@@ -503,6 +527,68 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, 
     with pytest.raises(InputError, match=words):
         train(tmp_path, *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+def filled(*flags):
+    """The settings of these flags, before the data are known."""
+    args = parse_args([str(flag) for flag in flags])
+    train_accelerate.fill_preset(args)
+    return args
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ([], dict(model="DiT-Ti/2", image_size=8, vae="none", lr=4e-3, ema_decay=0.995)),
+    (["--data-path", "x"], dict(model="DiT-XL/2", image_size=256, vae="ema", lr=1e-4, epochs=1400)),
+    (["--data-path", "x", "--model", "DiT-Ti/2"],
+     dict(image_size=256, vae="ema", lr=4e-3, max_steps=1000, epochs=None, grad_clip=1.0)),
+    (["--model", "DiT-S/8"], dict(image_size=8, vae="none", lr=1e-4, global_batch_size=256)),
+    (["--objective", "flow"], dict(time_sampling="logit-normal")),
+    (["--max-steps", 5, "--model", "DiT-B/2"], dict(epochs=None, max_steps=5)),
+])
+def test_the_recipe_follows_the_network_and_sizes_the_data(flags, expected):
+    args = vars(filled(*flags))
+    assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("flags", "logs", "draws", "scores", "samples", "reference"), [
+    # As many evaluations of the network as the training: 3 an image, 40 or 20 a guided sample.
+    (["--max-steps", 40], 2, 4, 40, 3 * 128 * 40 // 40, 1797),
+    (["--max-steps", 1000], 50, 100, 1000, 500, 1797),
+    (["--max-steps", 40, "--cfg-scale", 1], 2, 4, 40, 500, 1797),
+    (["--max-steps", 40, "--eval-samples", 900], 2, 4, 40, 900, 1797),
+    (["--max-steps", 4, "--global-batch-size", 16], 1, 1, 4, 4, 40),
+    (["--max-steps", 1, "--global-batch-size", 16], 1, 1, 0, 0, 1797),
+    (["--max-steps", 90_000, "--model", "DiT-S/8"], 100, 9000, 50_000, 1797, 1797),
+])
+def test_intervals_and_scores_follow_the_length_of_the_run(
+    flags, logs, draws, scores, samples, reference, quick_evaluation,
+):
+    from sample_grid import Autoencoder
+
+    reset_accelerate()
+    args = filled("--results-dir", "nowhere", *flags)
+    accelerator = train_accelerate.start_accelerator(args)
+    data = train_accelerate.load_data("digits")
+    vae = Autoencoder.load("none", channels=1)
+    train_accelerate.fit_to_data(args, data, vae, Path("nowhere"), accelerator)
+    ema = train_accelerate.build_network(args, vae, None)
+    ema.metadata = train_accelerate.describe(
+        args, data, vae, train_accelerate.create_process(args.objective))
+    log = train_accelerate.Log(Path("nowhere"), accelerator)
+    previews = train_accelerate.Previews(args, ema, vae, data, log, accelerator)
+    assert (args.log_every, args.sample_every, args.ckpt_every) == (logs, draws, draws)
+    assert (args.eval_every, args.eval_samples) == (scores, samples)
+    assert len(previews.compared) == reference
+
+
+def test_the_paper_keeps_its_intervals():
+    args = filled("--data-path", "x")
+    assert train_accelerate.count_steps(args, 1_281_167) == 7_006_383
+    for row in train_accelerate.ROWS:
+        value = row.recipes["paper"]
+        if isinstance(value, train_accelerate.PerRun):
+            assert value.most == {"log_every": 100}.get(row.dest, 50_000)
+            assert 7_006_383 / value.times > value.most
 
 
 def test_settings_are_parsed_from_presets_and_flags():
@@ -597,6 +683,67 @@ def test_init_takes_the_weights_and_makes_a_new_label_table(tmp_path, capfd):
     (tmp_path / "given.safetensors").unlink()
     # It resumes from its own checkpoint.
     train(tmp_path, "--init", tmp_path / "given.safetensors", "--lr", 0)
+
+
+@pytest.mark.parametrize(("given_by", "trained", "words"), [
+    (True, "flow", "variance is left out"), (False, "ddpm", "variance is new, zero")])
+def test_init_fits_the_final_layer_to_the_objective(tmp_path, given_by, trained, words, capfd):
+    given = build_dit("DiT-Ti/2", input_size=8, in_channels=1, num_classes=10, learn_sigma=given_by)
+    torch.nn.init.normal_(given.final_layer.linear.weight)
+    save_checkpoint(tmp_path / "given.safetensors", given)
+    train(tmp_path, "--init", tmp_path / "given.safetensors", "--lr", 0, "--max-steps", 2,
+          "--objective", trained)
+    assert words in capfd.readouterr().err
+    found = load_checkpoint(tmp_path / "run")
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 900.0]), torch.tensor([1, 10])
+    assert torch.equal(found(x, t, y)[:, :1], given.eval()(x, t, y)[:, :1])
+
+
+@pytest.mark.parametrize("flags", [[], ["--objective", "flow", "--grad-clip", 0]])
+def test_a_batch_that_does_not_fit_is_cut_and_stays_the_same_batch(tmp_path, monkeypatch, flags):
+    """A network that has no memory for more than two images; the run equals one cut by hand."""
+    by_hand = train(tmp_path / "hand", "--gradient-accumulation-steps", 4, *flags)
+    forward, sizes = dit.DiT.forward, []
+
+    def small(network, x, t, y, drop=None):
+        sizes.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return forward(network, x, t, y, drop)
+
+    monkeypatch.setattr(dit.DiT, "forward", small)
+    monkeypatch.setattr(train_accelerate, "TRIED", ("cpu",))
+    train(tmp_path / "auto", "--max-steps", 3, *flags)
+    assert sizes[:4] == [8, 4, 2, 2]
+    sizes.clear()
+    run = train(tmp_path / "auto", *flags)
+    assert set(sizes) == {2} and len(sizes) == 12  # no trial when it resumes
+    assert json.loads((run / "config.json").read_text())["gradient_accumulation_steps"] == 4
+    tensors, expected = result(run)[1], result(by_hand)[1]
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_two_processes_agree_on_the_parts_of_a_batch(tmp_path, monkeypatch):
+    """Only one of them is short of memory; and where no image fits a line says what helps."""
+    forward = dit.DiT.forward
+
+    def small(network, x, t, y, drop=None):
+        if len(x) > (4 if os.environ["RANK"] == "0" else 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return forward(network, x, t, y, drop)
+
+    monkeypatch.setattr(dit.DiT, "forward", small)
+    monkeypatch.setattr(train_accelerate, "TRIED", ("cpu",))
+    assert wait(*fork_two(lambda: train(tmp_path, "--max-steps", 2))) == [0, 0]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["gradient_accumulation_steps"] == 4
+
+    def none(*args, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(dit.DiT, "forward", none)
+    with pytest.raises(InputError, match="^not even one image fits: .*--gradient-checkpointing"):
+        train(tmp_path, "--run-name", "other")
 
 
 def test_init_with_other_shapes_is_refused(tmp_path):
