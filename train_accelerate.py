@@ -1582,28 +1582,20 @@ def claim(lock, folder, settings):
 
 def check_settings(folder, new):
     """InputError unless a run that has begun can be resumed with these settings."""
-<<<<<<< HEAD
-    old = read_json(folder / "config.json")
-    # TF32 and compilation are the two sampling flags that training feels, too.
-    rules = {flag.dest: "free" for flag in SAMPLING_FLAGS} | {row.dest: row.resume for row in ROWS}
-    rules |= dict(tf32="asked", compile="asked", num_processes="free")
-    asked = {name: value for name, value in new.items() if rules.get(name, "asked") != "free"}
-=======
     # A run from before there was a flag had the flag's default.
     defaults = {row.dest: row.recipes[recipe(argparse.Namespace(**new))] for row in ROWS}
     old = defaults | read_json(folder / "config.json")
     unknown = [name for name, value in old.items() if value is None and name in UNKNOWN_IF_NONE]
     old = {name: value for name, value in old.items() if name not in unknown}
-    # TF32 is the one sampling flag that training feels, too.
+    # TF32 and compilation are the two sampling flags that training feels, too.
     rules = {flag.dest: "free" for flag in SAMPLING_FLAGS} | {row.dest: row.resume for row in ROWS}
     # Data and VAE are known by what they hold, but in a run from before that was kept.
     rules |= dict.fromkeys(("image_column", "label_column", "split"), "free")
-    rules |= dict(tf32="asked", num_processes="free", vae_weights="fixed")
+    rules |= dict(tf32="asked", compile="asked", num_processes="free", vae_weights="fixed")
     if "vae_weights" not in old:
         rules |= dict(vae="fixed", data_path="asked")
     asked = {name: value for name, value in new.items()
              if name in old and rules.get(name, "asked") != "free"}
->>>>>>> p2a
     fixed = {name: value for name, value in asked.items() if rules.get(name) == "fixed"}
     begun = f"{folder} was begun with other settings"
     if changed := differences(old, fixed):
