@@ -915,7 +915,12 @@ def finish_cache(folder, shards, settings, max_broken):
 
 def run_folder(args, data):
     """Where the run lives: named after data and network unless it is given a name."""
-    return Path(args.results_dir) / (args.run_name or f"{data.name}-{args.model}".replace("/", "-"))
+    named_after = f"{data.name}-{args.model}".replace("/", "-")
+    folder = Path(args.results_dir) / (args.run_name or named_after)
+    # A name too long for the file system, or a file where a folder should be.
+    with writing(folder), contextlib.suppress(FileNotFoundError):
+        folder.stat()
+    return folder
 
 
 def step_folders(folder):
@@ -1571,7 +1576,9 @@ def claim(lock, folder, settings):
         (folder / ".lock").touch()
         # A dead process holds no lock: filelock closes the file in the workers that it forked.
         try:
-            lock.acquire()
+            with dit.where_supported(f"{folder} is on a file system without locks: let only one "
+                                     "process train in it"):
+                lock.acquire()
         except Timeout as error:
             reason = f"another process trains in {folder}: give this run another --run-name"
             raise InputError(reason) from error
