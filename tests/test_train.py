@@ -830,7 +830,8 @@ def test_a_cache_of_something_else_or_damaged_is_refused(tmp_path, pictures, sma
     tensors = load_file(pictures / "other" / "diffusion_pytorch_model.safetensors")
     tensors = {name: tensor + (name == "quant_conv.bias") for name, tensor in tensors.items()}
     save_file(tensors, pictures / "other" / "diffusion_pytorch_model.safetensors")
-    others = {"image_size was 16, now 8": ["--image-size", 8], "vae_weights": ["--vae", pictures / "other"]}
+    others = {"image_size was 16, now 8": ["--image-size", 8],
+              "vae_weights": ["--vae", pictures / "other"]}
     for words, flags in others.items():
         before = tree(cache)
         with pytest.raises(InputError, match=words):
