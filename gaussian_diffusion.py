@@ -407,6 +407,8 @@ class FlowMatching:
         n = self.num_timesteps
         times = [k / n for k in range(n + 1)]
         if sampler == "sde":
+            if n < 2:
+                raise ValueError("the sampler sde needs 2 or more steps: its last has no noise")
             times = [*(0.96 * k / (n - 1) for k in range(n - 1)), 0.96, 1.0]
         return zip(reversed(range(n)), times[:-1], times[1:], strict=True)
 

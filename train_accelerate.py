@@ -305,8 +305,6 @@ SETTINGS = {
                 shown="auto; one on a CPU"),
         Setting("--gradient-checkpointing",      False,       False,      ANY,     "asked",
                 "less memory, a third more time"),
-        Setting("--compile",                     False,       False,      ANY,     "asked",
-                "torch.compile the network"),
         Setting("--num-workers",                 WORKERS,     WORKERS,    FROM_0,  "free",
                 "processes that load images, for each process that trains",
                 shown="0 for digits, else 4 or the cores that there are"),
@@ -1633,11 +1631,11 @@ def check_settings(folder, new):
     old = defaults | read_json(folder / "config.json")
     unknown = [name for name, value in old.items() if value is None and name in UNKNOWN_IF_NONE]
     old = {name: value for name, value in old.items() if name not in unknown}
-    # TF32 is the one sampling flag that training feels, too.
+    # TF32 and compilation are the two sampling flags that training feels, too.
     rules = {flag.dest: "free" for flag in SAMPLING_FLAGS} | {row.dest: row.resume for row in ROWS}
     # Data and VAE are known by what they hold, but in a run from before that was kept.
     rules |= dict.fromkeys(("image_column", "label_column", "split"), "free")
-    rules |= dict(tf32="asked", num_processes="free", vae_weights="fixed")
+    rules |= dict(tf32="asked", compile="asked", num_processes="free", vae_weights="fixed")
     if "vae_weights" not in old:
         rules |= dict(vae="fixed", data_path="asked")
     asked = {name: value for name, value in new.items()
