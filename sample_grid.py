@@ -37,12 +37,14 @@ import shlex
 import tempfile
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -153,14 +155,11 @@ def sample_shared(model, diffusion, vae, y, seeds, accelerator, batch_size=32, t
     Returns to every process uint8 (F + 1, N, 3, H, W) on the CPU: the predicted x_0 after each of
     the F trajectory_steps, then the images.
     """
-    mine = range(accelerator.process_index, len(y), accelerator.num_processes)
-    made = []  # (i, the frames of image i), for the images of this process
     # Each batch keeps what the trajectory asks for, decoded at once: latents of all steps are many.
-    for start in range(0, len(mine), batch_size):
-        part = list(mine[start : start + batch_size])
+    def draw_part(part):
         frames = []
 
-        def watch(i, x, pred_xstart, frames=frames):
+        def watch(i, x, pred_xstart):
             if i in trajectory_steps:
                 frames.append(vae.decode(pred_xstart).cpu())
             if on_step:
@@ -170,11 +169,42 @@ def sample_shared(model, diffusion, vae, y, seeds, accelerator, batch_size=32, t
         images = sample_images(
             model, diffusion, vae, y[part], part_seeds, on_step=watch, **sampling)
         frames.append(images.cpu())
-        made += zip(part, torch.stack(frames, dim=1).numpy(), strict=True)
+        return torch.stack(frames, dim=1).numpy()  # (n, F + 1, 3, H, W)
+
+    made = []  # (i, the frames of image i), for the images of this process
+    mine = range(accelerator.process_index, len(y), accelerator.num_processes)
+    for part, frames in in_batches(draw_part, mine, batch_size):
+        made += zip(part, frames, strict=True)
 
     # Every process gets all images, in their order, whoever made them.
     made = sorted(gather_object(made), key=lambda pair: pair[0])
     return torch.from_numpy(np.stack([frames for _, frames in made], axis=1))
+
+
+def in_batches(work, items, batch_size):
+    """Yield (part, work(part)) for parts, lists of batch_size items, one after the other.
+
+    Out of memory, the part is halved and tried again, and those after it are as small: for work
+    whose result does not depend on the batch. RankLocalError when one item alone is too much.
+    """
+    done = 0
+    while done < len(items):
+        part = list(items[done : done + batch_size])
+        try:
+            result = work(part)
+        except torch.OutOfMemoryError as error:
+            if len(part) == 1:
+                raise RankLocalError(f"out of memory with one image at a time: {error}") from error
+            result = None
+        # Out here, where the error no longer holds the tensors that filled the memory.
+        if result is None:
+            batch_size = len(part) // 2
+            clear_device_cache()
+            log_stderr(f"warning: out of memory with {len(part)} images at a time; going on with "
+                       f"{batch_size}", everywhere=True)
+            continue
+        yield part, result
+        done += len(part)
 
 
 def sampling_settings(args, model, cfg_scale):
@@ -217,10 +247,8 @@ def sampling_settings(args, model, cfg_scale):
     if args.cfg_channels is not None and args.cfg_channels > model.in_channels:
         raise InputError(f"--cfg-channels {args.cfg_channels}: the model has {model.in_channels} "
                          "channels")
-    bf16_on_cuda = args.dtype == "bf16" and model.pos_embed.is_cuda
-    if bf16_on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError(f"--dtype bf16: {torch.cuda.get_device_name()} has no bfloat16; "
-                         "use --dtype fp32")
+    if args.dtype == "bf16":
+        check_bf16(model.pos_embed.device, "--dtype")
 
     # Flags that would do nothing.
     interval = parse_interval(args.guidance_interval)
@@ -559,6 +587,7 @@ def main(args):
 
     # 2. The weights, and what to draw with them: settings for each row, labels, seeds.
     accelerator = make_accelerator(tf32=args.tf32)
+    log_stderr(describe_device(accelerator, args.dtype))
     ckpt = args.ckpt or f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"
     model, vae, _ = load_model(ckpt, args, accelerator.device)
     names = class_names(model)
@@ -567,9 +596,9 @@ def main(args):
     y = torch.tensor(labels, device=accelerator.device)
     seeds = range(args.seed, args.seed + len(labels))
 
-    # 3. Sample; the bar counts the steps of this process.
-    batches = math.ceil(len(labels) / accelerator.num_processes / args.per_proc_batch_size)
-    steps = batches * sum(diffusion.num_timesteps for diffusion, _ in settings)
+    # 3. Sample; the bar counts the steps of each image of this process.
+    mine = math.ceil(len(labels) / accelerator.num_processes)
+    steps = mine * sum(diffusion.num_timesteps for diffusion, _ in settings)
     drawn = []
     with ProgressBar(accelerator, "sampling", steps) as progress:
         for diffusion, sampling in settings:
@@ -578,7 +607,7 @@ def main(args):
                 kept = set(np.linspace(diffusion.num_timesteps - 1, 1, 40).round())
             drawn.append(sample_shared(
                 model, diffusion, vae, y, seeds, accelerator, args.per_proc_batch_size, kept,
-                on_step=lambda i, x, pred_xstart: progress.advance(), **sampling))
+                on_step=lambda i, x, pred_xstart: progress.advance(len(x)), **sampling))
 
     # 4. One process writes the picture.
     if accelerator.is_main_process:
@@ -793,11 +822,15 @@ def describe(args, ckpt, vae, diffusion, sampling):
 def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
     """Accelerate's Accelerator, with TF32 as asked and all cores for a lone CPU process.
 
-    kwargs go to Accelerator.
+    kwargs go to Accelerator. InputError for bf16 on a GPU that has none.
     """
+    # Hours, since processes wait for the one with the slowest GPU or the most images.
+    kwargs.setdefault("kwargs_handlers", [InitProcessGroupKwargs(timeout=timedelta(hours=3))])
     # Said outright, or torchrun's processes on a CPU would each train alone.
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu, **kwargs)
+    if accelerator.mixed_precision == "bf16":
+        check_bf16(accelerator.device, "--mixed-precision")
     # The older API for TF32, since it is the one that torch.compile reads.
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
@@ -809,6 +842,32 @@ def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
         has_affinity = hasattr(os, "sched_getaffinity")
         torch.set_num_threads(len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count())
     return accelerator
+
+
+def check_bf16(device, flag):
+    """InputError, naming the flag that asked for it, for a GPU that can only emulate bfloat16."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(f"{flag} bf16: {torch.cuda.get_device_name(device)} has no bfloat16, "
+                         "leave it out")
+
+
+def describe_device(accelerator, precision):
+    """One line: what the program runs on, and the network's precision ("fp32", "bf16" ...).
+
+    Without a GPU it says so if this PyTorch was built for one.
+    """
+    device = accelerator.device
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        where = "the CPU" if device.type == "cpu" else str(device)
+    processes = accelerator.num_processes
+    many = f", {processes} processes" if processes > 1 else ""
+    built_for = torch.version.cuda or torch.version.hip
+    lost = device.type == "cpu" and built_for and not torch.cuda.is_available()
+    hint = (f" (no usable GPU: if there is one, its driver may be too old for this PyTorch, built "
+            f"for {built_for})")
+    return f"running on {where}{many}, in {precision}{hint if lost else ''}"
 
 
 class ProgressBar:

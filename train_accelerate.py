@@ -104,7 +104,7 @@ def main(args):
     # autoencoder whose latents the network learns (none: the pixels are the latents).
     columns = args.image_column, args.label_column
     data = load_data(args.data_path, args.image_size, *columns, args.split, args.upright)
-    vae = Autoencoder.load(args.vae, device, data.channels)
+    vae = Autoencoder.load(args.vae, device, pixel_channels(args, data, accelerator))
     folder = run_folder(args, data)
     fit_to_data(args, data, vae, folder, accelerator)
 
@@ -178,8 +178,7 @@ def main(args):
                     means.check(args.skip_nonfinite, sampler, checkpoints)
                 if "log" in due:
                     line = log.append(done, lr=lr, **means.take(), **stopwatch.take(done))
-                    speed = line["images_per_second"]
-                    progress.note = f"loss {line['loss']:.4f}  {speed:.0f} images/s"
+                    progress.note = in_words(line)
                 progress.advance()
                 with stopwatch.paused():
                     if saves:
@@ -406,6 +405,14 @@ def start_accelerator(args):
         log_with=None if args.tracker == "none" else args.tracker,
         # Hours, because one process may have more latents to cache than another.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))])
+
+
+def pixel_channels(args, data, accelerator):
+    """The channels of pixels: the data's, but one when all that is trained on them is gray."""
+    if args.vae != "none" or data.channels == 1 or not on_main(accelerator, data.all_gray):
+        return data.channels
+    accelerator.print("all images are gray: pixels have one channel")
+    return 1
 
 
 def fit_to_data(args, data, vae, folder, accelerator):
@@ -859,10 +866,18 @@ def write_shard(path, rows, broken, settings):
     dit.write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
+def appeared(path, seconds=60):
+    """The path of a file, which another node has written a moment ago, when it can be seen here."""
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.5)
+    return path
+
+
 @functools.cache
 def open_shard(path, process):
     """A shard's moments, left in the file, and its labels and checksums; opened once a process."""
-    file = safetensors.safe_open(path, "pt")
+    file = safetensors.safe_open(appeared(path), "pt")
     return file.get_slice("moments"), file.get_tensor("labels"), file.get_tensor("checksums")
 
 
@@ -893,7 +908,7 @@ def check_cache(folder, shards, settings):
 
 def finish_cache(folder, shards, settings, max_broken):
     """Write index.json, which says what all the shards hold; returns what it says."""
-    _, counts, broken = zip(*map(shard_header, shards), strict=True)
+    _, counts, broken = zip(*[shard_header(appeared(path)) for path in shards], strict=True)
     broken = list(itertools.chain(*broken))
     index = folder / "index.json"
     if len(broken) > max_broken:
@@ -913,7 +928,12 @@ def finish_cache(folder, shards, settings, max_broken):
 
 def run_folder(args, data):
     """Where the run lives: named after data and network unless it is given a name."""
-    return Path(args.results_dir) / (args.run_name or f"{data.name}-{args.model}".replace("/", "-"))
+    named_after = f"{data.name}-{args.model}".replace("/", "-")
+    folder = Path(args.results_dir) / (args.run_name or named_after)
+    # A name too long for the file system, or a file where a folder should be.
+    with writing(folder), contextlib.suppress(FileNotFoundError):
+        folder.stat()
+    return folder
 
 
 def step_folders(folder):
@@ -991,7 +1011,9 @@ class Checkpoints:
         step, lines = 0, 0
         if name := on_main(self.accelerator, self.newest_intact):
             folder = self.folder / "checkpoints" / name
-            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            # Mapped, so that the processes of a machine share one copy in memory.
+            state = torch.load(
+                folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
             step, lines = state["step"], state["lines"]
             states, options = full_states()
             weights = safetensors.torch.load_file(folder / "model.safetensors")
@@ -999,7 +1021,7 @@ class Checkpoints:
             moments = state["optimizer"]
             states.set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
             self.ema.load_state_dict(safetensors.torch.load_file(folder / "ema.safetensors"))
-            self.means.load(state["window"], state["skipped"])
+            self.means.load(state["window"], state["skipped"], state.get("overflows", 0))
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         # What was logged after the checkpoint will be logged again.
@@ -1049,7 +1071,10 @@ def full_states():
 # -------------------------------------------------------------------------- log, means, speed
 
 
-SHOWN = ("loss", "grad_norm", "lr", "images_per_second", "fid", "fd", "inception_score")
+def in_words(line):
+    """The numbers of a log line that a person watches."""
+    names = "loss", "grad_norm", "lr", "images_per_second", "fid", "fd", "inception_score"
+    return "  ".join(f"{name} {line[name]:.4g}" for name in names if line.get(name) is not None)
 
 
 class Log:
@@ -1071,8 +1096,7 @@ class Log:
         on_main(self.accelerator, self.write, json.dumps(line) + "\n")
         # A terminal shows them beside its bar; any other log gets them in a line.
         if not sys.stdout.isatty():
-            shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
-            self.accelerator.print(f"step {step}  " + "  ".join(shown), flush=True)
+            self.accelerator.print(f"step {step}  {in_words(line)}", flush=True)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=step)
         return line
@@ -1119,7 +1143,8 @@ class RunningMeans:
     """Means since the last log line, over steps, parts of the batch and processes.
 
     They are sums on the device, so that no step waits for it. A step whose loss or gradient is not
-    finite is left out, and counted.
+    finite is left out, and counted: as skipped, or as an overflow of float16, whose scaler makes
+    the next ones smaller.
     """
 
     def __init__(self, loss_names, accelerator):
@@ -1130,6 +1155,7 @@ class RunningMeans:
         self.parts = torch.zeros(len(self.names) - 1, device=device)  # of the step in hand
         self.sums = torch.zeros(len(self.names) + 1, device=device)  # the last counts steps
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.overflows = torch.zeros_like(self.skipped)
         self.first_bad = torch.full_like(self.skipped, -1)
 
     def add(self, losses, x):
@@ -1146,8 +1172,10 @@ class RunningMeans:
         # A float16 gradient too large is the scaler's business, which skips the update by itself.
         judged = values[:-2] if self.accelerator.scaler is not None else values
         finite = self.accelerator.reduce(judged.isfinite().all().float(), "mean") == 1
-        self.sums += torch.where(finite & values.isfinite().all(), values, 0)
+        counted = finite & values.isfinite().all()
+        self.sums += torch.where(counted, values, 0)
         self.skipped += ~finite
+        self.overflows += finite & ~counted
         self.first_bad = torch.where(~finite & (self.first_bad < 0), step, self.first_bad)
         return finite
 
@@ -1161,26 +1189,37 @@ class RunningMeans:
                 "leaves such steps out"
             )
         self.first_bad.fill_(-1)
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() < 1:
+            raise InputError(f"float16 is too small for these gradients, whose scale fell to "
+                             f"{scaler.get_scale()}: use --mixed-precision bf16; "
+                             f"{checkpoints.last_good()}")
 
     def take(self):
-        """The means of the log line, a dict; the next ones begin."""
+        """The means of the log line, a dict, None where no step was finite; the next ones begin."""
         *sums, steps = self.accelerator.reduce(self.sums, "mean").tolist()
         self.sums.zero_()
         means = {name: total / max(steps, 1) for name, total in zip(self.names, sums, strict=True)}
         variance = means.pop("latent_square") - means["latent_mean"] ** 2
         means["latent_std"] = math.sqrt(max(0, variance))
+        if steps == 0:
+            means = dict.fromkeys(means)
+        if self.accelerator.scaler is not None:
+            means["overflowed_steps"] = int(self.overflows)
         return means | dict(skipped_steps=int(self.skipped))
 
     def state(self):
         """Every process's own sums and the number of steps left out, for a checkpoint."""
         window = self.accelerator.gather(self.sums[None]).cpu()  # (processes, names)
-        return dict(window=window, skipped=int(self.skipped))
+        return dict(
+            window=window, skipped=int(self.skipped), overflows=int(self.overflows))
 
-    def load(self, window, skipped):
+    def load(self, window, skipped, overflows=0):
         """Each process takes its own sums again; if their number has changed, the mean."""
         same = len(window) == self.accelerator.num_processes
         self.sums.copy_(window[self.accelerator.process_index] if same else window.mean(0))
         self.skipped.fill_(skipped)
+        self.overflows.fill_(overflows)
 
 
 # A device's dense float16 and bfloat16 peak, by how its name begins; TF32 has half of it.
@@ -1348,13 +1387,15 @@ class Previews:
             self.accelerator.print("to score alone:", evaluate_command(self.args, self.log))
             raise
         # The best weights are written before the log says so: a kill between the two costs nothing.
+        on_main(self.accelerator, self.keep_best, step, metrics)
+        self.log.append(step, **metrics)
+
+    def keep_best(self, step, metrics):
         name = self.features.distance.lower()
         best = self.log.best(name)
         if name in metrics and (best is None or metrics[name] < best[name]):
             metadata = self.ema.metadata | {"step": step, name: metrics[name]}
-            path = self.log.folder / "best.safetensors"
-            on_main(self.accelerator, lambda: save_checkpoint(path, self.ema, **metadata))
-        self.log.append(step, **metrics)
+            save_checkpoint(self.log.folder / "best.safetensors", self.ema, **metadata)
 
     def score(self):
         # The data's own features are computed once, at the first evaluation.
@@ -1516,12 +1557,13 @@ def open_run(folder, settings, accelerator):
         if settings["tracker"] != "none":
             start_tracker(folder, settings, accelerator)
         yield
+        # Not after an error of this process alone: the end of the group waits for the others.
+        accelerator.end_training()
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         raise RankLocalError(REMEDIES) from error
     finally:
-        accelerator.end_training()
         lock.release()
 
 
@@ -1569,7 +1611,9 @@ def claim(lock, folder, settings):
         (folder / ".lock").touch()
         # A dead process holds no lock: filelock closes the file in the workers that it forked.
         try:
-            lock.acquire()
+            with dit.where_supported(f"{folder} is on a file system without locks: let only one "
+                                     "process train in it"):
+                lock.acquire()
         except Timeout as error:
             reason = f"another process trains in {folder}: give this run another --run-name"
             raise InputError(reason) from error

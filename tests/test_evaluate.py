@@ -3,7 +3,9 @@
 import io
 import itertools
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,9 +23,12 @@ import evaluate
 from dit import DiT, InputError, load_checkpoint, save_checkpoint
 from evaluate import (
     NpzImages,
+    find_nearest,
+    frechet_ratio,
     load_data,
     load_features,
     main,
+    memorization,
     parse_args,
     reference_features,
     sample_labels,
@@ -646,6 +651,233 @@ def test_metrics_may_go_to_what_is_no_file(forty, tmp_path):
     evaluate.check_args(parse_args([*flags, str(tmp_path / "pipe")]))
     with pytest.raises(InputError, match="--json"):
         evaluate.check_args(parse_args([*flags, str(tmp_path)]))
+
+
+# ---------------------------------------------------------- against held-out real images
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The pixels of the digits as features (1797, 64), in a random order, and their labels."""
+    data = load_data("digits")
+    order = np.random.default_rng(0).permutation(len(data))
+    rows = torch.stack([data[int(i)][0][0].flatten().float() for i in order])
+    return rows, torch.from_numpy(data.labels[order])
+
+
+def test_the_nearest_row_is_exact():
+    for name in ("plain", "ties", "copies", "offset"):
+        real = torch.from_numpy(RNG.normal(size=(150, 7)))
+        fake = torch.from_numpy(RNG.normal(size=(60, 7)))
+        if name == "ties":
+            real, fake = real.round(), fake.round()
+        if name == "copies":
+            fake[:20] = real[50:70]
+        if name == "offset":
+            real, fake = real + 1e6, fake + 1e6
+        number, nearness = find_nearest(real, fake)
+        distances = (fake[:, None] - real).square().sum(2)
+        own = (real[:, None] - real).square().sum(2).fill_diagonal_(torch.inf).min(1).values
+        least = distances.min(1).values
+        assert torch.equal(distances[range(60), number], least)
+        expected = torch.where(least == 0, 0, least / own[number])
+        torch.testing.assert_close(nearness, expected, rtol=1e-12, atol=0)
+
+
+def test_planted_copies_are_found_and_fresh_digits_are_not_accused(digits):
+    rows, _ = digits
+    train, fresh, yardstick = rows.split([1000, 400, 397])
+    planted = torch.cat([fresh[:190], train[::100], fresh[190:]])
+    _, nearness = find_nearest(train, planted)
+    assert sorted(nearness.topk(10, largest=False).indices.tolist()) == list(range(190, 200))
+    assert (nearness == 0).sum() == 10
+    low, high = evaluate.wilson_interval(memorization(train, yardstick), len(yardstick))
+    assert low < memorization(train, fresh) < high
+    half = torch.cat([fresh[:200], train[:200]])
+    assert memorization(train, half) > high + 0.1
+
+
+def test_a_copy_of_an_image_that_stands_twice_counts():
+    real = torch.tensor([[0.0], [0.0], [5.0], [9.0]])
+    assert memorization(real, torch.tensor([[0.0], [5.0], [0.1], [6.0]])) == 0.75
+
+
+def test_real_against_real_has_a_ratio_of_one(digits):
+    rows, _ = digits
+    train, fresh, held = rows.double().split([997, 400, 400])
+    pool = evaluate.sum_rows(train).result()
+    spread = math.exp(1.96 * evaluate.frechet_ratio_error(*pool, fresh, held))
+    assert 1 / spread < frechet_ratio(*pool, fresh, held) < spread < 1.5
+    assert frechet_ratio(*pool, fresh + 30, held) > spread
+    # Equal counts: fewer rows are farther by their number alone.
+    assert 1 / spread < frechet_ratio(*pool, torch.cat([fresh, held]), held[:200]) < spread * 1.2
+
+
+def test_the_error_of_the_ratio_equals_its_spread():
+    rng, logs, errors = np.random.default_rng(3), [], []
+    pool = torch.zeros(3).double(), torch.eye(3).double()
+    draw = lambda shift: torch.from_numpy(rng.normal(size=(300, 3)) + shift)
+    for _ in range(150):
+        fake, held = draw(0.5), draw(0.3)
+        logs.append(math.log(frechet_ratio(*pool, fake, held)))
+        errors.append(evaluate.frechet_ratio_error(*pool, fake, held))
+    assert np.mean(errors) == pytest.approx(np.std(logs), rel=0.2)
+
+
+def class_folders(folder, seed=0, each=20):
+    """Pictures of two classes that differ in brightness."""
+    rng = np.random.default_rng(seed)
+    for name, mean in (("dark", 60), ("light", 180)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(each):
+            pixels = rng.integers(mean - 50, mean + 50, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:02d}.png")
+    return folder
+
+
+def test_held_out_images_are_the_yardstick(standin, tmp_path, capsys):
+    class_folders(tmp_path / "ref", each=60)
+    class_folders(tmp_path / "fake", seed=1)
+    shutil.copy(tmp_path / "ref" / "dark" / "07.png", tmp_path / "fake" / "dark" / "07.png")
+    args = ("--samples", tmp_path / "fake", "--ref", tmp_path / "ref", "--features", standin,
+            "--resize", "clean")
+    result = cli(*args, "--val-split", 0.4, "--neighbours", tmp_path / "near.png",
+                 out=tmp_path / "a.json")
+    assert result["num_reference"] + result["num_held_out"] == 120
+    assert 30 < result["num_held_out"] < 66
+    assert result["fdr_low"] < result["fdr"] < result["fdr_high"]
+    for name in ("class_agreement", "memorization", "memorization_real"):
+        assert 0 <= result[f"{name}_low"] <= result[name] <= result[f"{name}_high"] <= 1
+    assert result["class_agreement"] > 0.9
+    said = capsys.readouterr().out
+    titles = ["FID", "fdr", "class agreement", "memorisation", "precision", "recall", "coverage"]
+    places = [said.index(f"{title} ") for title in titles]
+    assert places == sorted(places) and "1 means near as real" in said
+
+    # The planted copy comes first, above its original.
+    picture = np.asarray(Image.open(tmp_path / "near.png"))
+    data = load_data(str(tmp_path / "fake"))
+    copy = data[7][0].permute(1, 2, 0).numpy().repeat(8, 0).repeat(8, 1)
+    found = [y for y in range(picture.shape[0] - 64) if (picture[y : y + 64, 2:66] == copy).all()]
+    assert len(found) == (2 if "07" in held_in(tmp_path / "ref", 0.4) else 1)
+
+    # By default nothing is held out, and what needs it is left out.
+    result = cli(*args, out=tmp_path / "b.json")
+    assert "fdr" not in result and result["num_reference"] == 120 and "memorization" in result
+    assert "fdr" not in capsys.readouterr().err
+    with pytest.raises(InputError, match="--val-split 2"):
+        cli(*args, "--val-split", 2)
+    with pytest.raises(InputError, match="cannot compute fdr .it needs held-out real images"):
+        cli(*args, "--metrics", "fdr")
+    with pytest.raises(InputError, match="mem"):
+        cli(*args, "--metrics", "fid", "--neighbours", tmp_path / "near.png")
+
+
+def held_in(folder, share):
+    rest, _ = load_data(str(folder)).hold_out(share)
+    return {Path(rest.images[int(row)]["path"]).stem for row in rest.rows if row < 60}
+
+
+def test_what_is_held_out_depends_on_the_image_alone(tmp_path):
+    data = load_data(str(class_folders(tmp_path / "ref", each=60)))
+    rest, held = data.hold_out(0.3)
+    assert len(rest) + len(held) == 120 and not set(rest.rows) & set(held.rows)
+    fewer, held_then = data.without([0, 5, 9]).hold_out(0.3)
+    assert set(held_then.rows) == set(held.rows) - {0, 5, 9} and set(fewer.rows) < set(rest.rows)
+
+
+def test_another_split_is_held_out_by_name(standin, tmp_path):
+    for split, seed in (("train", 0), ("val", 1)):
+        class_folders(tmp_path / "ref" / split, seed)
+    args = ("--samples", class_folders(tmp_path / "fake", 2), "--ref", tmp_path / "ref",
+            "--features", standin, "--metrics", "fdr,mem")
+    result = cli(*args, "--val-split", "validation", out=tmp_path / "a.json")
+    assert result["num_held_out"] == 40 and {"fdr", "memorization_real"} <= result.keys()
+    with pytest.raises(InputError, match="itself"):
+        cli(*args, "--val-split", "train")
+
+
+def test_classes_of_other_names_are_not_compared(standin, tmp_path, capsys):
+    class_folders(tmp_path / "ref")
+    class_folders(tmp_path / "fake", 1)
+    (tmp_path / "fake" / "dark").rename(tmp_path / "fake" / "pale")
+    args = ("--samples", tmp_path / "fake", "--ref", tmp_path / "ref", "--features", standin)
+    assert "class_agreement" not in cli(*args, out=tmp_path / "a.json")
+    assert "agree (the reference ref has not the samples' classes)" in capsys.readouterr().err
+
+
+def test_imagenets_classes_are_read_by_the_network_itself():
+    """Where the labels are ImageNet's thousand, the classifier's own reading counts."""
+    network = load_features("efficientnet-lite0", "cpu")
+    rows = torch.from_numpy(RNG.normal(size=(40, 12)))
+    common = dict(network=network.name, rows=rows, classes=(1000, None))
+    labels = torch.arange(40) % 7
+    real = evaluate.Features("real", 40, labels=(labels + 1) % 7, **common)
+    fake = evaluate.Features("fake", 40, labels=labels, read=labels.clone(), **common)
+    fake.read[:10] = 999
+    assert evaluate.compare(real, fake, network, ("agree",))["class_agreement"] == 0.75
+    fake.classes = real.classes = (7, None)
+    assert evaluate.compare(real, fake, network, ("agree",))["class_agreement"] == 0
+
+
+# ---------------------------------------------------------- sweeps and plots
+
+
+def test_each_row_of_a_sweep_equals_the_single_run(
+        checkpoint, standin, forty, tmp_path, monkeypatch):
+    args = ("--ckpt", checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", 8,
+            "--metrics", "fid,is,pr")
+    seen, features = [], evaluate.reference_features
+    monkeypatch.setattr(evaluate, "reference_features",
+                        lambda *args, **kwargs: seen.append(1) or features(*args, **kwargs))
+    rows = cli(*args, "--sweep", "cfg_scale=1,2.5", "--plot", tmp_path / "plot.png",
+               "--save-images", tmp_path / "png", out=tmp_path / "a.json")
+    assert len(seen) == 1 and [row["cfg_scale"] for row in rows] == [1, 2.5]
+    assert Image.open(tmp_path / "plot.png").size[0] > 800
+    for scale, row in zip((1, 2.5), rows, strict=True):
+        alone = cli(*args, "--cfg-scale", scale, out=tmp_path / "b.json")
+        assert alone == {name: value for name, value in row.items() if name != "sweep"}
+    assert len(list((tmp_path / "png" / "cfg_scale=2.5").glob("*.png"))) == 8
+
+    # Killed and started again, it draws no sample twice.
+    monkeypatch.setattr(evaluate, "sample_images", None)
+    again = cli(*args, "--sweep", "cfg_scale=1,2.5", "--save-images", tmp_path / "png",
+                out=tmp_path / "c.json")
+    assert again == rows
+    for flags, words in ((("--sweep", "cfg_scale=1,x"), "cfg_scale=1,x"),
+                         (("--sweep", "colour=1"), "colour=1"),
+                         (("--sweep", "cfg_scale=1", "--cfg-scale", 2), "--cfg-scale"),
+                         (("--sweep", "cfg_scale=1", "--save-npz", tmp_path / "x.npz"), "--sweep"),
+                         (("--sweep", "num_sampling_steps=0"), "--num-sampling-steps 0")):
+        with pytest.raises(InputError, match=words):
+            cli(*args, *flags)
+
+
+def test_a_sweep_of_intervals_and_samplers(checkpoint, standin, forty, tmp_path, capsys):
+    args = ("--ckpt", checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", 4,
+            "--metrics", "fid", "--plot", tmp_path / "plot.png")
+    rows = cli(*args, "--cfg-scale", 2, "--sweep", "guidance_interval=0.1:5,0:200",
+               out=tmp_path / "a.json")
+    assert [row["guidance_interval"] for row in rows] == [[0.1, 5], [0, 200]]
+    rows = cli(*args, "--sweep", "sampler=ddim,dpm++", out=tmp_path / "b.json")
+    assert [row["sampler"] for row in rows] == ["ddim", "dpm++"]
+    assert "sampler ddim" in capsys.readouterr().out
+
+
+def test_a_runs_curves(tmp_path, capsys):
+    lines = [dict(step=i, loss=1 / i, images_per_second=9.0) for i in range(1, 40)]
+    lines += [dict(step=20, fd=3.0, fd_low=2.5, fd_high=3.5, recall=0.5, num_samples=9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cli("--plot-run", tmp_path)
+    assert Image.open(tmp_path / "curves.png").size[0] > 800 and "wrote" in capsys.readouterr().out
+    cli("--plot-run", tmp_path, "--plot", tmp_path / "other.png")
+    assert (tmp_path / "other.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
+    with pytest.raises(InputError, match="--json does nothing"):
+        cli("--plot-run", tmp_path, out=tmp_path / "a.json")
+    for text in ("", "{", '{"loss": 1}', '{"step": 1}'):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        with pytest.raises(InputError, match="metrics.jsonl"):
+            cli("--plot-run", tmp_path)
 
 
 # ---------------------------------------------------------- references are read once

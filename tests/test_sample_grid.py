@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -464,6 +466,28 @@ def test_class_grid_has_a_column_for_each_class():
                                     Accelerator(cpu=True))
     # unconditional: a square, no class
     assert len(images) == 9 and nrow == 3 and text[:2] == ["seed 0", "seed 1"]
+
+
+def test_out_of_memory_takes_smaller_batches(monkeypatch, capsys):
+    model, diffusion, vae = small_dit(), create_diffusion("3"), Autoencoder(channels=1)
+    y = torch.tensor([0, 1, 2, 3, 1, 2, 0])
+    draw_all = lambda: sample_grid.sample_shared(
+        model, diffusion, vae, y, range(7), Accelerator(cpu=True), 5, trajectory_steps={1})
+    whole, sizes, real, most = draw_all(), [], sample_grid.sample_images, 2
+
+    def small_memory(model, diffusion, vae, y, seeds, **sampling):
+        sizes.append(len(y))
+        if len(y) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(model, diffusion, vae, y, seeds, **sampling)
+
+    monkeypatch.setattr(sample_grid, "sample_images", small_memory)
+    assert (draw_all().int() - whole.int()).abs().max() <= 1
+    assert sizes == [5, 2, 2, 2, 1]
+    assert "out of memory with 5 images at a time; going on with 2" in capsys.readouterr().err
+    most = 0
+    with pytest.raises(RankLocalError, match="out of memory with one image at a time: CUDA"):
+        draw_all()
 
 
 # ----------------------------------------------------------------------------------------- classes
@@ -976,3 +1000,33 @@ def test_a_lone_process_gets_its_cores_back(monkeypatch):
 def test_tf32_is_set_for_products_and_convolutions(tf32):
     sample_grid.make_accelerator(tf32=tf32)
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+
+
+def test_a_process_waits_hours_for_another():
+    assert sample_grid.make_accelerator().init_handler.timeout >= timedelta(hours=1)
+
+
+def test_bf16_needs_a_gpu_that_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    sample_grid.check_bf16(torch.device("cpu"), "--dtype")
+    with pytest.raises(InputError, match="--dtype bf16: Tesla V100 has no bfloat16, leave it out"):
+        sample_grid.check_bf16(torch.device("cuda:0"), "--dtype")
+    model, asked = small_dit(), []
+    monkeypatch.setattr(sample_grid, "check_bf16", lambda device, flag: asked.append(flag))
+    sample_grid.sampling_settings(sample_grid.parse_args(["--dtype", "bf16"]), model, 1.0)
+    AcceleratorState._reset_state()
+    sample_grid.make_accelerator("bf16")
+    AcceleratorState._reset_state()
+    assert asked == ["--dtype", "--mixed-precision"]
+
+
+def test_the_device_is_said(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    draw(ckpt, tmp_path, "--class-labels", "1")
+    assert "running on the CPU, in fp32\n" in capsys.readouterr().err
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = sample_grid.describe_device(Accelerator(cpu=True), "bf16")
+    assert text.startswith("running on the CPU, in bf16 (no usable GPU: if there is one")
+    assert "built for 13.0" in text

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -17,11 +18,12 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dit
 import train_accelerate
@@ -825,7 +827,11 @@ def test_a_cache_of_something_else_or_damaged_is_refused(tmp_path, pictures, sma
     cached(tmp_path, pictures, "--max-steps", 1)
     cache = tmp_path / "cache"
     shutil.copytree(pictures / "vae", pictures / "other", dirs_exist_ok=True)
-    others = {"image_size was 16, now 8": ["--image-size", 8], "vae": ["--vae", pictures / "other"]}
+    tensors = load_file(pictures / "other" / "diffusion_pytorch_model.safetensors")
+    tensors = {name: tensor + (name == "quant_conv.bias") for name, tensor in tensors.items()}
+    save_file(tensors, pictures / "other" / "diffusion_pytorch_model.safetensors")
+    others = {"image_size was 16, now 8": ["--image-size", 8],
+              "vae_weights": ["--vae", pictures / "other"]}
     for words, flags in others.items():
         before = tree(cache)
         with pytest.raises(InputError, match=words):
@@ -878,6 +884,207 @@ def test_a_command_with_workers_ends_when_it_fails(tmp_path, pictures):
     words = [str(word) for word in command]
     ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and "04.png" in ended.stderr.splitlines()[-1]
+
+
+# -------------------------------------------------------------------------------- what people bring
+
+
+OWN = ["--vae", "none", "--image-size", 8, "--model", "DiT-Ti/2", "--num-workers", 0]
+
+
+def grow_classes(folder, *names, count=3, value=0):
+    """A folder per class of small pictures, of the same names in each."""
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.full((9, 9, 3), (value + 40 * number + i) % 256, np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_data_and_vae_are_known_by_what_they_hold(tmp_path, pictures, monkeypatch):
+    """However their paths are spelled, and wherever they are moved."""
+    shutil.copytree(pictures, tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    paths = ["here/data", "./here/data/", tmp_path / "here" / "data", "there/data"]
+    for step, path in enumerate(paths, start=1):
+        if step == 4:
+            os.rename("here", "there")
+        vae = Path(path).parent / "vae"
+        run = train(tmp_path, "--data-path", path, "--vae", vae, "--image-size", 16, "--model",
+                    "DiT-Ti/2", "--num-workers", 0, "--max-steps", step)
+    assert lines(run)[-1]["step"] == 4
+    metadata = load_checkpoint(run).metadata
+    assert metadata["vae"] == str(tmp_path / "there" / "vae")
+    assert metadata["data_path"] == str(tmp_path / "there" / "data")
+
+
+@pytest.mark.parametrize("harm", ["renamed", "swapped", "new label"])
+def test_other_data_under_the_same_path_are_refused(tmp_path, harm):
+    data = grow_classes(tmp_path / "data", "ant", "bee", "cat")
+    train(tmp_path, "--data-path", data, *OWN, "--max-steps", 1)
+    if harm == "renamed":
+        os.rename(data / "ant", data / "dog")
+    elif harm == "swapped":
+        shutil.rmtree(data)
+        grow_classes(data, "ant", "bee", "cat", value=7)
+    else:
+        os.rename(data / "ant" / "0.png", data / "bee" / "3.png")
+    with pytest.raises(InputError, match="data was .*, now .*: --allow-changes"):
+        train(tmp_path, "--data-path", data, *OWN)
+
+
+def test_a_cache_of_other_pictures_with_equal_names_and_counts_is_refused(tmp_path, pictures):
+    shutil.copytree(pictures / "vae", tmp_path / "vae")
+    for version in (1, 2):
+        grow_classes(tmp_path / f"v{version}" / "data", "ant", "bee", value=version)
+    make = lambda version: train(
+        tmp_path, "--data-path", tmp_path / version / "data", "--vae", tmp_path / "vae",
+        "--image-size", 8, "--model", "DiT-Ti/2", "--num-workers", 0, "--latent-cache",
+        tmp_path / "cache", "--max-steps", 1, "--run-name", version)
+    make("v1")
+    with pytest.raises(InputError, match="of another latent cache"):
+        make("v2")
+
+
+def test_what_the_cache_left_out_is_left_out_of_scores(tmp_path, pictures, small_shards):
+    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "data" / "class0" / "04.png").write_bytes(b"no picture")
+    run = cached(tmp_path, tmp_path, "--max-steps", 1, "--eval-every", 1, "--eval-samples", 4)
+    assert lines(run)[-1]["num_reference"] == 22
+    assert load_checkpoint(run).metadata["left_out"] == [2]
+
+
+def test_a_cache_of_nothing_but_broken_images_is_one_line(tmp_path, pictures):
+    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "data").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(InputError, match="none of the 23 images can be read: .*png"):
+        cached(tmp_path, tmp_path)
+
+
+def test_four_pictures_and_more_classes_than_they_have(tmp_path):
+    data = grow_classes(tmp_path / "data", "ant", "bee", "cat", "dog", count=1)
+    run = train(tmp_path, "--data-path", data, *OWN, "--num-classes", 6, "--max-steps", 2,
+                "--sample-every", 2, "--eval-every", 2, "--eval-samples", 4)
+    assert {"fd", "kid", "precision"} <= lines(run)[-1].keys() and "density" not in lines(run)[-1]
+    names = load_checkpoint(run).metadata["class_names"]
+    assert names == ["ant", "bee", "cat", "dog", "4", "5"]
+    assert (run / "samples" / "0000002.png").exists()
+
+
+def test_settings_of_accelerates_configuration_are_recorded(tmp_path, monkeypatch):
+    with monkeypatch.context() as configured:
+        configured.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        configured.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+        run = train(tmp_path, "--max-steps", 1)
+    config = json.loads((run / "config.json").read_text())
+    assert (config["mixed_precision"], config["gradient_accumulation_steps"]) == ("bf16", 2)
+    with pytest.raises(InputError, match="mixed_precision was 'bf16', now 'no'"):
+        train(tmp_path, "--max-steps", 2)
+    train(tmp_path, "--max-steps", 2, "--mixed-precision", "bf16",
+          "--gradient-accumulation-steps", 2)
+
+
+def test_a_run_of_an_older_version_resumes(tmp_path, whole_run):
+    """Its config.json has not the settings that came later."""
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("data", "vae_weights", "objective", "time_sampling"):
+        del config[name]
+    path.write_text(json.dumps(config | dict(mixed_precision=None)))
+    with pytest.raises(InputError, match="objective was 'ddpm', now 'flow'"):
+        train(tmp_path, "--objective", "flow")
+    train(tmp_path, "--max-steps", 7)
+
+
+@pytest.mark.parametrize(("name", "words"), [("a/b", None), ("n" * 255, None),
+                                             ("n" * 256, "cannot write .*too long")])
+def test_any_name_of_a_run_works_or_is_one_line(tmp_path, name, words):
+    work = lambda: train(tmp_path, "--run-name", name, "--max-steps", 2, "--sample-every", 1,
+                         "--tracker", "tensorboard")
+    if words:
+        with pytest.raises(InputError, match=words):
+            work()
+    else:
+        work()
+        assert checkpoints(tmp_path / name) == ["0000002"]
+
+
+def test_a_tracker_that_refuses_is_one_line(tmp_path, monkeypatch):
+    def refuse(*args, **settings):
+        raise RuntimeError("api_key not configured (no-tty)\nmore")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
+    with pytest.raises(InputError, match=r"^--tracker tensorboard: api_key .* \(no-tty\)$"):
+        train(tmp_path, "--tracker", "tensorboard")
+
+
+def test_a_folder_that_cannot_be_written_or_locked_is_said_as_such(tmp_path, monkeypatch, capfd):
+    from filelock import FileLock
+
+    def refuse(*args, **settings):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    run = train(tmp_path, "--max-steps", 2)
+    assert checkpoints(run) == ["0000002"] and "without locks" in capfd.readouterr().err
+
+    def forbidden(*args, **settings):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", forbidden)
+    with pytest.raises(InputError, match="cannot write .*Permission denied"):
+        train(tmp_path, "--max-steps", 2)
+
+
+def test_the_commands_at_the_end_are_whole(tmp_path, capfd):
+    run = train(tmp_path / "a folder", "--max-steps", 2)
+    printed = capfd.readouterr().out
+    typed = [shlex.split(line) for line in printed.splitlines()]
+    assert [words for words in typed if words[-1] == str(run) and "sample_grid.py" in words]
+    assert [words for words in typed if words[-1] == str(run) and "evaluate.py" in words]
+    assert "step 2  loss" in printed
+
+
+def test_the_end_of_the_launcher_ends_the_run_saved(tmp_path):
+    """SIGKILL to a process that started the trainer, as `accelerate launch` does."""
+    def slow():
+        original = train_accelerate.update_ema
+        train_accelerate.update_ema = lambda *args: (time.sleep(0.05), original(*args))
+        train(tmp_path, "--max-steps", 10_000, "--ckpt-every", 5)
+
+    def launch():
+        (tmp_path / "pid").write_text(str(fork(slow, dict(ACCELERATE_DYNAMO_BACKEND="no"))))
+        time.sleep(100)
+
+    launcher = fork(launch)
+    wait_for(tmp_path / "run" / "checkpoints" / "0000005")
+    os.kill(launcher, signal.SIGKILL)
+    wait(launcher)
+    trainer = int((tmp_path / "pid").read_text())
+    end = time.time() + 30
+    while psutil.pid_exists(trainer) and psutil.Process(trainer).status() != "zombie":
+        assert time.time() < end
+        time.sleep(0.1)
+    assert int(checkpoints(tmp_path / "run")[-1]) % 5  # saved where it was
+
+
+def test_a_second_signal_ends_a_step_that_hangs(tmp_path):
+    def hang():
+        train_accelerate.update_ema = lambda *args: [time.sleep(1) for _ in range(100)]
+        (tmp_path / "begun").touch()
+        train(tmp_path)
+
+    process = fork(hang)
+    wait_for(tmp_path / "run" / "config.json")
+    time.sleep(1)
+    os.kill(process, signal.SIGTERM)
+    time.sleep(1.5)
+    os.kill(process, signal.SIGTERM)
+    began = time.time()
+    assert wait(process) == [143] and time.time() - began < 10
 
 
 # ------------------------------------------------------------------------------ configuration files
