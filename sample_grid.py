@@ -986,7 +986,7 @@ class CompiledNetwork:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # PyTorch's compiler, or that there is none for C++
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().split("\n\n")[0]
             raise InputError(f"--compile does not work here, leave it out: {reason}") from error
         log_stderr(f"compiled in {time.monotonic() - began:.0f} s")
 
