@@ -933,10 +933,9 @@ class CompiledNetwork:
     Other batches are cut into parts of that size, the last one filled up; guidance takes two parts
     in place of a batch twice the size. So one compilation serves every batch, guided or not.
     Weights are frozen where PyTorch can: cast and laid out for the products once, not every step.
-    CompiledNetwork.of makes one, and keeps the last.
     """
 
-    last = None
+    last = None  # the one that was made last
 
     @classmethod
     def of(cls, model, dtype, batch):
@@ -949,44 +948,38 @@ class CompiledNetwork:
         versions = [weight._version for weight in model.parameters()]
         last, cls.last = cls.last, None
         known = last is not None and last.key == key
-        if known and not (last.frozen and last.versions != versions):
-            cls.last = last
-            return last
-        # PyTorch would take the frozen code for the changed weights, too.
-        if last is not None:
-            torch.compiler.reset()
-        made = cls(model, batch)
-        made.key = key
-        made.versions = versions
-        with torch.autocast(model.pos_embed.device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            made.compile(frozen=not known)
-        cls.last = made
-        return made
-
-    def __init__(self, model, batch):
-        self.model = model
-        self.batch = batch
-        self.network = torch.compile(model, dynamic=False)
+        if not known or (last.frozen and last.versions != versions):
+            # PyTorch would take code that holds frozen weights for changed ones, too.
+            if last is not None:
+                torch.compiler.reset()
+            last = cls(key, versions, batch, frozen=not known)
+        cls.last = last
+        return last
 
     @torch.no_grad()
-    def compile(self, frozen):
-        """Run the network on zeros: PyTorch compiles at the first call."""
+    def __init__(self, key, versions, batch, frozen):
         from torch._inductor import config
 
+        self.key = key
+        self.versions = versions
+        self.batch = batch
         self.frozen = frozen and hasattr(config, "freezing")  # not in every release
-        settings = config.patch(freezing=True) if self.frozen else contextlib.nullcontext()
-        size, device = self.model.input_size, self.model.pos_embed.device
-        x = torch.zeros(self.batch, self.model.in_channels, size, size, device=device)
-        zeros = torch.zeros(self.batch, dtype=torch.int64, device=device)
-        log_stderr(f"compiling the network for {self.batch} images at a time ...")
+        self.model, dtype, device = key
+        self.network = torch.compile(self.model, dynamic=False)
+
+        # PyTorch compiles at the first call, here with zeros for images, times and labels.
+        log_stderr(f"compiling the network for {batch} images at a time ...")
         began = time.monotonic()
+        x = torch.zeros(batch, self.in_channels, self.input_size, self.input_size, device=device)
+        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+        freezing = config.patch(freezing=True) if self.frozen else contextlib.nullcontext()
         try:
-            with settings:
+            with freezing, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
                 self(x, zeros, zeros)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # PyTorch's compiler, or that there is none for C++
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().split("\n\n")[0]
             raise InputError(f"--compile does not work here, leave it out: {reason}") from error
         log_stderr(f"compiled in {time.monotonic() - began:.0f} s")
 

@@ -411,7 +411,8 @@ def test_without_a_compiler_it_is_said(ckpt, tmp_path, monkeypatch):
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, backend=broken))
-    assert "--compile does not work here, leave it out: " in refused(ckpt, tmp_path, "--compile")
+    message = refused(ckpt, tmp_path, "--compile")
+    assert "--compile does not work here, leave it out: " in message and "no C++ comp" in message
     assert sample_grid.CompiledNetwork.last is None
 
 
