@@ -297,7 +297,8 @@ def guided(network, x, t, y, scale=4.0):
 def sampling_steps(model, process, x, t, y, precision):
     """A function that takes LOOP DDPM steps from one x.
 
-    It returns the predicted x_0, which has no noise. As in a sampling loop autocast is entered once, and need cast the weights once.
+    It returns the predicted x_0, which has no noise. As in a sampling loop autocast is entered
+    once, and need cast the weights once.
     """
 
     @torch.no_grad()
@@ -382,7 +383,7 @@ def steps(args):
 
 
 def frechet(kind, mu, sigma, args):
-    """Of two normal distributions whose distance is known: the second covariance is 4 x the first."""
+    """Of two normals whose distance is known: the second covariance is 4 times the first."""
     from cleanfid import fid
 
     mu2, sigma2, exact = mu + 0.1, 4 * sigma, 0.01 * len(mu) + np.trace(sigma)

@@ -55,8 +55,12 @@ RUN_FLAGS = [*SMALL, "--image-size", "8", "--vae", "none", "--max-steps", "120",
 
 
 def start(script, flags, folder, log):
-    """A child process that runs a script's command line; its id. Caches are kept in the folder."""
-    cache = dict(XDG_CACHE_HOME=str(folder / "cache"))
+    """A child process that runs a script's command line; its id.
+
+    The cache of references is one of the round's own, beside its folder: it counts what a kill
+    leaves there, and the oldest files go first.
+    """
+    cache = dict(XDG_CACHE_HOME=f"{folder}-cache")
     return fork(lambda: command(script, *flags), cache, log)
 
 
@@ -98,6 +102,7 @@ def repeat(work, script, flags, output, kills, rng, longest=4):
         used += lives(script, flags(folder), folder, log, kills - used, longest, rng)
         wrong |= differences(expected, digest(output(folder)))
         shutil.rmtree(folder)
+        shutil.rmtree(f"{folder}-cache", ignore_errors=True)
     return used, rounds, wrong
 
 

@@ -47,7 +47,10 @@ def command(script, *flags):
 
 
 def refused(capsys, script, *flags):
-    """The one line on stderr with which a command ends with status 2; stdout is not looked at."""
+    """The one line on stderr with which a command ends with status 2.
+
+    stdout is not looked at, nor the line that names the device.
+    """
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped, warnings.catch_warnings(record=True) as shown:
         # As Python does where no tests run.
@@ -55,6 +58,7 @@ def refused(capsys, script, *flags):
         command(script, *flags)
     assert not shown, [str(warning.message) for warning in shown]
     lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if not line.startswith("running on ")]
     assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
@@ -126,7 +130,8 @@ def wait_or_kill(pid, seconds):
 class Pixels:
     """A feature network that costs nothing: 2 x 2 mean pixels."""
 
-    name, distance, spatial, width, any_size = "pixels", "FD", False, 12, True
+    name, distance, width = "pixels", "FD", 12
+    spatial, imagenet, any_size = False, False, True
 
     def __call__(self, images):
         rows = torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)

@@ -67,7 +67,7 @@ BAD_INPUT = [  # the script, its flags, and words of the message
 
     # The autoencoder.
     (sample_grid, "--ckpt run --vae nowhere", "nowhere"),
-    (sample_grid, "--ckpt small.safetensors --vae nobody/no-such-vae", "cannot load the VAE"),
+    (sample_grid, "--ckpt small.safetensors --vae nobody/no-such-vae", "nobody/no-such-vae"),
     (sample_grid, "--ckpt latent.safetensors", "pixels, 1 or 3 channels"),
     (train_accelerate, "--vae nowhere --image-size 32", "nowhere"),
     (train_accelerate, "--latent-cache cache", "--latent-cache does nothing with --vae none"),
