@@ -62,6 +62,7 @@ from sample_grid import (
     COUNT,
     MODEL_FLAGS,
     SAMPLING_FLAGS,
+    Autoencoder,
     Flag,
     ProgressBar,
     add_flags,
@@ -519,6 +520,44 @@ def memorization(real, fake, nearest=None):
 def class_agreement(asked, read):
     """The share of images whose class, as a classifier reads it (N,), is the one asked for (N,)."""
     return float((asked == read).double().mean())
+
+
+# ---------------------------------------------------------- metrics: pairs of images
+
+
+def peak_signal_to_noise(x, y):
+    """PSNR in dB of each pair of uint8 images (N, 3, H, W), (N,) float64; infinite for equal ones.
+
+    10 log10(255^2 / mean squared error), as scikit-image's peak_signal_noise_ratio.
+    """
+    error = (x.double() - y.double()).square().flatten(1).mean(1)
+    return 10 * (255**2 / error).log10()
+
+
+def structural_similarity(x, y):
+    """SSIM (Wang et al., 2004) of each pair of uint8 images (N, 3, H, W), H, W >= 11: (N,) float64.
+
+    Gaussian windows of 11 x 11 and sigma 1.5, within the image, the mean of the three channels: the
+    paper's settings, scikit-image's structural_similarity(gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False).
+    """
+    place = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
+    weights = (-place.square() / (2 * 1.5**2)).exp()
+    weights = weights / weights.sum()
+
+    # Local means, variances and covariance of each channel: one window along rows, then columns.
+    def mean(image):
+        image = image.flatten(0, 1)[:, None]  # (3N, 1, H, W)
+        return F.conv2d(F.conv2d(image, weights.view(1, 1, 1, 11)), weights.view(1, 1, 11, 1))
+
+    x, y = x.double(), y.double()
+    mx, my = mean(x), mean(y)
+    variances = mean(x * x) - mx**2 + mean(y * y) - my**2
+    covariance = mean(x * y) - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mx * my + c1) * (2 * covariance + c2)
+    similarity = similarity / ((mx**2 + my**2 + c1) * (variances + c2))
+    return similarity.flatten(1).mean(1).view(len(x), 3).mean(1)
 
 
 # ---------------------------------------------------------- metrics: confidence intervals
@@ -1017,6 +1056,52 @@ def evaluate_images(source, reference, network, accelerator, metrics=None, batch
         draw_neighbours(*neighbours, reference, samples, functools.partial(read_images, source))
     result = compare(reference, samples, network, metrics, intervals, held)
     return result | dict(samples=source.name)
+
+
+def evaluate_autoencoder(vae, data, network, accelerator, batch_size=256, num_workers=0, grid=None):
+    """How near images come back from an autoencoder: a dict of metrics and settings.
+
+    Both sides are the same crops of data, ImageData or NpzImages, and latents are the means. rfid
+    (rfd for other features than Inception's) is their Fréchet distance; psnr and ssim are means
+    over images. grid: a PNG of the first originals, reconstructions, and differences about gray.
+    """
+    originals = image_features(
+        data, {"pool"}, network, accelerator, batch_size, num_workers, progress=True)
+    size = min(image_size(data))
+    scores = dict(psnr=[], ssim=[]) if size >= 11 else dict(psnr=[])  # SSIM has windows of 11
+    functions = dict(psnr=peak_signal_to_noise, ssim=structural_similarity)
+    shown = []
+
+    # The reconstructions on their way to the features, compared in passing.
+    def reconstruct(batches):
+        for images in batches:
+            images = images.to(accelerator.device)
+            if not len(images):
+                continue  # the last image of all is in another process's share
+            moments = vae.encode(images)
+            mean = moments.chunk(2, dim=1)[0]
+            made = vae.decode(vae.sample(moments, noise=torch.zeros_like(mean)))
+            for name, values in scores.items():
+                values.append(functions[name](images, made))
+            if not shown:
+                difference = (128 + made[:8].float() - images[:8].float()).clamp(0, 255)
+                shown.extend([images[:8], made[:8], difference.to(torch.uint8)])
+            yield made
+
+    batches = image_batches(data, accelerator, batch_size, num_workers)
+    batches = reconstruct(show_progress(batches, "reconstructions", len(data), accelerator))
+    made = extract_features(
+        data.name, len(data), batches, network, accelerator, {"pool"}, data.image_name)
+    if grid and accelerator.is_main_process:
+        rows = ["original", "reconstruction", "difference"]
+        save_grid(torch.cat(shown), grid, len(shown[0]), row_labels=rows)
+
+    # Means over the images of all processes.
+    result = {f"r{network.distance.lower()}": frechet_distance(*originals.pool, *made.pool)}
+    for name, values in scores.items():
+        result[name] = float(gather_rows(torch.cat(values), len(data), accelerator).mean())
+    return result | dict(vae=vae.name, samples=data.name, num_samples=len(data),
+                         features=network.name, image_size=size)
 
 
 def compare(reference, samples, network, metrics, intervals=False, held=None):
@@ -1541,6 +1626,9 @@ def main(args):
         plot_run(args.plot_run, args.plot)
         return
     accelerator = make_accelerator(tf32=args.tf32)
+    if args.reconstruct:
+        score_autoencoder(args, accelerator)
+        return
 
     # 2. Open what is scored: images that exist, or models, of which the first is read now. Without
     #    --ref they are compared with the data that it was trained on.
@@ -1613,12 +1701,30 @@ DATA_FLAGS = [
     Flag("--upright", "turn images as their EXIF orientation says; --no-upright reads the pixels "
          "that ADM, clean-fid and torch-fidelity read", True),
 ]
+def score_autoencoder(args, accelerator):
+    """--reconstruct: what --vae makes of images, against the images."""
+    features = args.features or (
+        "efficientnet-lite0" if args.reconstruct == "digits" else "inception")
+    network = load_features(features, accelerator.device, args.resize or "adm")
+    vae = Autoencoder.load(args.vae or "mse", accelerator.device)
+    size = args.image_size or (8 if args.reconstruct == "digits" else 256)
+    data = open_images(args.reconstruct, args, size)
+    result = evaluate_autoencoder(
+        vae, data, network, accelerator, args.per_proc_batch_size, args.num_workers, args.plot)
+    if accelerator.is_main_process:
+        print_metrics(result, "Reconstruction")
+        if args.json:
+            write_json(args.json, result)
+
+
 SWEEPABLE = ("cfg_scale", "num_sampling_steps", "sampler", "guidance_interval", "eta")
 SCORED_FLAGS = [
     Flag("--ckpt", "a run's folder, a weights file, or a name that downloads; several are compared",
          shown="DiT-XL/2-{image size}, unless there are --samples", nargs="+"),
     Flag("--samples", "score these images instead: a folder, an .npz, or a data set",
          shown="generate them"),
+    Flag("--reconstruct", "score the autoencoder --vae instead: what comes back of these images, a "
+         "folder, an .npz or a data set; --plot draws some", shown="no", metavar="FOLDER"),
     Flag("--num-fid-samples", "images to generate", 50000, bounds=COUNT, type=int),
     Flag("--label-mode", "the samples' classes: drawn, or in turn", "random",
          choices=("random", "balanced")),
@@ -1687,6 +1793,10 @@ GENERATING = ("ckpt", "num_fid_samples", "label_mode", "seed", "save_images", "s
               *(flag.dest for flag in MODEL_FLAGS + SAMPLING_FLAGS))
 READING = ("num_workers", "val_split", *(flag.dest for flag in DATA_FLAGS))
 USELESS = [  # where this holds, these flags would do nothing; what to do about it
+    (lambda args: args.reconstruct, (
+        *[name for name in GENERATING if name != "vae"], "samples", "ref", "val_split", "metrics",
+        "intervals", "save_ref", "neighbours", "reference_cache"),
+     "does nothing beside --reconstruct"),
     (lambda args: args.plot_run, (*GENERATING, *READING, "samples", "ref", "features", "resize",
                                   "metrics", "intervals", "save_ref", "json", "neighbours"),
      "does nothing beside --plot-run"),
@@ -1694,7 +1804,8 @@ USELESS = [  # where this holds, these flags would do nothing; what to do about 
      "is for generating: leave it out with --samples"),
     (lambda args: saves_only(args), (*GENERATING, "intervals", "json", "plot", "neighbours"),
      "is for samples, and --save-ref without --ckpt or --samples has none: leave it out"),
-    (lambda args: len(args.ckpt or ()) < 2 and not args.sweep and not args.plot_run, ("plot",),
+    (lambda args: not (len(args.ckpt or ()) > 1 or args.sweep or args.plot_run or args.reconstruct),
+     ("plot",),
      "draws several runs: give several --ckpt, or --sweep"),
     (lambda args: len(args.ckpt or ()) > 1, ("save_images", "save_npz", "neighbours", "sweep"),
      "is for one model: give one --ckpt"),
@@ -1726,7 +1837,7 @@ def is_archive(path):
 
 def check_args(args):
     """InputError for flags that contradict each other, do nothing or cannot be followed."""
-    if not (args.ref or args.ckpt or args.plot_run):
+    if not (args.ref or args.ckpt or args.plot_run or args.reconstruct):
         raise InputError("give --ref, the images or statistics to compare with")
     if args.features:
         check_features(args.features)
@@ -2367,6 +2478,10 @@ TITLES = dict(  # of metrics, in the order of tables and plots, and what each me
     sfid=("sFID", "the same of spatial features"),
     inception_score=("Inception score", "classes are clear and varied"),
     kid=("KID", "unbiased distance to the reference"),
+    rfid=("rFID", "distance of the reconstructed images"),
+    rfd=("rFD", "distance of the reconstructed images"),
+    psnr=("PSNR", "decibels of signal above error"),
+    ssim=("SSIM", "likeness of structure, at most 1"),
 )
 
 

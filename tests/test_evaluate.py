@@ -13,6 +13,7 @@ import urllib.error
 from pathlib import Path
 
 import datasets
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -878,6 +879,57 @@ def test_a_runs_curves(tmp_path, capsys):
         (tmp_path / "metrics.jsonl").write_text(text)
         with pytest.raises(InputError, match="metrics.jsonl"):
             cli("--plot-run", tmp_path)
+
+
+# ---------------------------------------------------------- autoencoders
+
+
+def test_psnr_and_ssim_are_scikit_images():
+    """The expected values are scikit-image 0.26's, with the settings that the docstrings name."""
+    rng = np.random.default_rng(7)
+    x = rng.integers(0, 256, (2, 3, 24, 30), dtype=np.uint8)
+    noise = np.round(rng.normal(size=x.shape) * [[[[20]]], [[[60]]]])
+    y = (x + noise).clip(0, 255).astype(np.uint8)
+    pair = torch.from_numpy(x), torch.from_numpy(y)
+    psnr, ssim = evaluate.peak_signal_to_noise(*pair), evaluate.structural_similarity(*pair)
+    assert psnr.tolist() == pytest.approx([22.40796214596187, 13.826844114178718], abs=1e-9)
+    assert ssim.tolist() == pytest.approx([0.9644712850337404, 0.777771541452383], abs=1e-9)
+    same = evaluate.structural_similarity(pair[0], pair[0])
+    assert same.tolist() == pytest.approx([1, 1], abs=1e-12)
+    assert evaluate.peak_signal_to_noise(pair[0], pair[0]).tolist() == [math.inf] * 2
+
+
+def small_vae():
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, sample_size=16)
+
+
+def test_an_autoencoder_is_scored(standin, tmp_path, capsys):
+    class_folders(tmp_path / "data", each=5)
+    args = ("--reconstruct", tmp_path / "data", "--features", standin, "--image-size", 16,
+            "--per-proc-batch-size", 4)
+    same = cli(*args, "--vae", "none", out=tmp_path / "a.json")
+    assert same["psnr"] == math.inf and same["ssim"] == pytest.approx(1, abs=1e-12)
+    assert same["num_samples"] == 10
+    small_vae().save_pretrained(tmp_path / "vae")
+    result = cli(*args, "--vae", tmp_path / "vae", "--plot", tmp_path / "grid.png",
+                 out=tmp_path / "b.json")
+    assert 0 <= same["rfid"] < 1e-4 * result["rfid"]  # this network's features are tiny numbers
+    assert result["psnr"] < 30 and result["ssim"] < 0.9
+    assert "rFID" in capsys.readouterr().out
+
+    # By hand: the crops, the means of the latents, all images at once.
+    data, vae = load_data(str(tmp_path / "data"), 16), Autoencoder.load(tmp_path / "vae")
+    images = torch.stack([image for image, _ in data])
+    mean = vae.encode(images).chunk(2, dim=1)[0]
+    made = vae.decode(mean * vae.scale)
+    error = (made.double() - images).square().mean((1, 2, 3))
+    assert result["psnr"] == pytest.approx(float((10 * (255**2 / error).log10()).mean()), abs=1e-3)
+    picture = Image.open(tmp_path / "grid.png")
+    assert picture.size[0] > 4 * 64 and picture.size[1] >= 3 * 64
+    with pytest.raises(InputError, match="--ref does nothing"):
+        cli(*args, "--ref", tmp_path / "data")
 
 
 # ---------------------------------------------------------- references are read once
