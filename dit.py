@@ -642,11 +642,11 @@ def kept_bytes(config):
             storages.add(tensor.untyped_storage())
             return tensor
 
-        with torch.device("meta"):
-            x = torch.empty(images, model.in_channels, model.input_size, model.input_size)
-            t, y = torch.zeros(images), torch.zeros(images, dtype=torch.int64)
-            with AutocastOnMeta(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-                model(x, t, y)
+        shape = (images, model.in_channels, model.input_size, model.input_size)
+        x = torch.empty(shape, device="meta")
+        y = torch.zeros(images, dtype=torch.int64, device="meta")
+        with AutocastOnMeta(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            model(x, y, y)
         return sum(storage.nbytes() for storage in storages)
 
     # What two images keep more than one leaves out the weights.
