@@ -990,7 +990,7 @@ def write_pipeline(folder, model, source):
     try:
         vae, kind, files = pipeline_vae(model)
     except InputError as error:
-        log_stderr(f"{folder} has the transformer/ of a pipeline alone: {error}")
+        print(f"{folder} has the transformer/ of a pipeline alone: {error}")
         write_card(folder, model, source, f"Not as a DiTPipeline: {error}.")
         return
 

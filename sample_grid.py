@@ -588,7 +588,7 @@ def main(args):
 
     # 2. The weights, and what to draw with them: settings for each row, labels, seeds.
     accelerator = make_accelerator(tf32=args.tf32)
-    log_stderr(describe_device(accelerator, args.dtype))
+    accelerator.print(describe_device(accelerator, args.dtype))
     ckpt = args.ckpt or f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"
     model, vae, _ = load_model(ckpt, args, accelerator.device)
     names = class_names(model)

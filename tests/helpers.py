@@ -58,7 +58,6 @@ def refused(capsys, script, *flags):
         command(script, *flags)
     assert not shown, [str(warning.message) for warning in shown]
     lines = capsys.readouterr().err.splitlines()
-    lines = [line for line in lines if not line.startswith("running on ")]
     assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 

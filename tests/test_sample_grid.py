@@ -1025,7 +1025,7 @@ def test_bf16_needs_a_gpu_that_has_it(monkeypatch):
 def test_the_device_is_said(ckpt, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.version, "cuda", None)
     draw(ckpt, tmp_path, "--class-labels", "1")
-    assert "running on the CPU, in fp32\n" in capsys.readouterr().err
+    assert "running on the CPU, in fp32\n" in capsys.readouterr().out
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = sample_grid.describe_device(Accelerator(cpu=True), "bf16")
