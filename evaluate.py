@@ -1391,7 +1391,7 @@ class ImageData(torch.utils.data.Dataset):
             yield image
 
     def items(self):
-        """Yields each image as it is stored; a data set's row by itself would take a millisecond."""
+        """Yields each image as it is stored; asked for one by one, rows of a table are slow."""
         for rows in np.array_split(self.rows, math.ceil(len(self.rows) / 1000)):
             if hasattr(self.images, "source"):  # a column of datasets
                 yield from self.images[rows.tolist()]
