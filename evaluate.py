@@ -1466,14 +1466,22 @@ class ImageData(torch.utils.data.Dataset):
 
     def headers(self):
         """Yields each image that PIL opens, not decoded; reading names the others."""
-        for row in self.rows:
+        for item in self.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    image = open_image(self.images[int(row)])
+                    image = open_image(item)
                 except Exception:  # PIL raises a dozen kinds
                     continue
             yield image
+
+    def items(self):
+        """Yields each image as it is stored; asked for one by one, rows of a table are slow."""
+        for rows in np.array_split(self.rows, math.ceil(len(self.rows) / 1000)):
+            if hasattr(self.images, "source"):  # a column of datasets
+                yield from self.images[rows.tolist()]
+            else:
+                yield from (self.images[int(row)] for row in rows)
 
     def all_gray(self):
         """Whether all images are gray, by the modes in their headers."""
