@@ -31,7 +31,7 @@ def test_it_imports_the_five_scripts_and_shows_their_source():
             if isinstance(node, ast.ImportFrom):
                 imported.add(node.module)
     assert imported >= SCRIPTS
-    source = "".join("".join(cell["source"]) for cell in CODE)
+    source = "\n".join("".join(cell["source"]) for cell in CODE)
     assert len(re.findall(r"^show_source\(", source, re.MULTILINE)) >= 5
 
 

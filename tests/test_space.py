@@ -135,7 +135,6 @@ def test_command_line_refuses_a_checkpoint_that_is_not_there(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@needs_gradio
 def test_front_matter_names_the_gradio_that_is_required():
     readme = (APP.parent / "README.md").read_text()
     matter = dict(line.split(": ", 1) for line in readme.split("---\n")[1].splitlines())
