@@ -68,6 +68,7 @@ from sample_grid import (
     add_flags,
     add_sampling_args,
     check_flags,
+    in_batches,
     load_model,
     make_accelerator,
     sample_images,
@@ -969,6 +970,11 @@ def generate(model, diffusion, vae, labels, accelerator, seed=0, batch_size=256,
     Sample i depends on labels[i], of labels (N,), and on seed + i alone. folder: each sample is
     written to 000000.png ... there, or read if it is there. sampling: arguments of sample_images.
     """
+    def draw(numbers):
+        y = labels[numbers].to(accelerator.device)
+        seeds = [seed + i for i in numbers]
+        return sample_images(model, diffusion, vae, y, seeds, **sampling)
+
     # Shares are interleaved, so that all processes are busy to the end.
     size = model.input_size * vae.factor
     mine = torch.arange(accelerator.process_index, len(labels), accelerator.num_processes)
@@ -978,11 +984,8 @@ def generate(model, diffusion, vae, labels, accelerator, seed=0, batch_size=256,
         # A call that was killed has left its samples in the folder: draw only the others.
         images = {i: read_sample(folder, i, size) for i in numbers} if folder else {}
         missing = [i for i in numbers if images.get(i) is None]
-        if missing:
-            y = labels[missing].to(accelerator.device)
-            seeds = [seed + i for i in missing]
-            drawn = sample_images(model, diffusion, vae, y, seeds, **sampling)
-            images |= zip(missing, drawn, strict=True)
+        for some, drawn in in_batches(draw, missing, batch_size):
+            images |= zip(some, drawn, strict=True)
         if folder:
             for i in missing:
                 write_sample(folder, i, images[i])

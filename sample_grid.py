@@ -925,9 +925,6 @@ class ProgressBar:
             self.last_line = now
 
 
-quiet_hub = reach_hub  # for evaluate.py, until it calls reach_hub itself
-
-
 class CompiledNetwork:
     """A DiT compiled as a whole for sampling at one batch size: its forward_with_cfg, and no more.
 
