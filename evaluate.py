@@ -9,6 +9,10 @@ with the ADM suite's (--resize adm) or clean-fid's (--resize clean), never with 
     python evaluate.py --samples FOLDER_OR_NPZ --ref FOLDER               images that exist already
     python evaluate.py --ref FOLDER --image-size 256 --save-ref ref.npz   statistics for later runs
     torchrun --nproc_per_node 2 evaluate.py --ckpt results/digits-DiT-Ti-2   two processes on a CPU
+    python evaluate.py --ckpt CKPT --sweep cfg_scale=1,1.5,2 --plot sweep.png    which guidance?
+    python evaluate.py --ckpt CKPT --val-split 0.1 --neighbours near.png         is it copying?
+    python evaluate.py --reconstruct FOLDER --vae mse --plot pairs.png           is the VAE good?
+    python evaluate.py --plot-run results/digits-DiT-Ti-2                        a run's curves
 
 Without --ref, samples are compared with the images that their model was trained on.
 """
@@ -899,6 +903,7 @@ def image_features(source, wanted, network, accelerator, batch_size=256, num_wor
 
     save_ref: also write the images and their statistics to a reference .npz.
     """
+    # Batches go to the features; on the way they may be shown as progress and kept in a file.
     if save_ref and isinstance(source, ImageData):
         source.check_one_size()
     batches = image_batches(source, accelerator, batch_size, num_workers)
@@ -909,6 +914,8 @@ def image_features(source, wanted, network, accelerator, batch_size=256, num_wor
         batches = file.keep(batches)
     features = extract_features(source.name, len(source), batches, network, accelerator, wanted,
                                 source.image_name)
+
+    # What is known of the images apart from their features.
     if save_ref:
         statistics = named_tensors(dataclasses.replace(features, rows=None))
         file.write(network=network.name, **statistics)
@@ -1070,8 +1077,9 @@ def evaluate_autoencoder(vae, data, network, accelerator, batch_size=256, num_wo
     """
     originals = image_features(
         data, {"pool"}, network, accelerator, batch_size, num_workers, progress=True)
+    # What is measured of each image; SSIM has windows of 11 pixels.
     size = min(image_size(data))
-    scores = dict(psnr=[], ssim=[]) if size >= 11 else dict(psnr=[])  # SSIM has windows of 11
+    scores = dict(psnr=[], ssim=[]) if size >= 11 else dict(psnr=[])
     functions = dict(psnr=peak_signal_to_noise, ssim=structural_similarity)
     shown = []
 
@@ -1239,6 +1247,7 @@ def choose_metrics(asked, network, reference=None, num_samples=None, classes=Non
 
 def why_not(name, network, reference, num_samples, classes, held):
     """Why a metric is not possible, in words, or None: the arguments are choose_metrics's."""
+    # What the reference holds, and how many images there are on both sides.
     needs, *_, least = METRICS[name]
     counts = {"samples": num_samples}
     if isinstance(reference, (ReferenceFile, Features)):
@@ -1290,6 +1299,7 @@ def check_size(reference, size):
 
 def cautions(reference, samples, network, metrics, held=None):
     """What makes the metrics incomparable with those of the literature, in words."""
+    # Few images bias a Fréchet distance upwards, whatever they show.
     distance = network.distance
     standard = distance == "FID"
     known = [count for count in (samples.count, reference.count) if count is not None]
@@ -1302,6 +1312,7 @@ def cautions(reference, samples, network, metrics, held=None):
     if "fdr" in metrics and min(samples.count, held.count) < network.width:
         yield (f"fdr of {min(samples.count, held.count)} images is drawn towards 1, since both "
                "its distances are biased upwards")
+    # Other metrics depend on counts that the literature has in common.
     if "is" in metrics and samples.count < 5000:
         yield f"Inception scores are means over chunks of 5000, this one is of {samples.count}"
     if "pr" in metrics and standard and reference.count < 10000:
@@ -1350,6 +1361,7 @@ def decode_image(image, name, upright=True):
     8. Else the pixels are those of PIL's convert("RGB"), which ADM, clean-fid and torch-fidelity
     read. Both drop transparency. Raises BrokenImage, with the name, for what PIL cannot read whole.
     """
+    # Whatever PIL says about an image that it cannot read becomes one line with its name.
     turn = None
     try:
         with warnings.catch_warnings():
@@ -1403,12 +1415,14 @@ class ImageData(torch.utils.data.Dataset):
     def __init__(
         self, name, images, labels, class_names, image_size, channels=3, upright=True, split="train"
     ):
+        # Images stay where they are; a selection of them is a list of row numbers.
         self.name = name
         self.images = images
         self.labels = np.asarray(labels)
         self.rows = np.arange(len(labels))  # of images, those that select has left
         self.class_names = class_names
         self.num_classes = len(class_names) if class_names else 1
+        # How an image is read.
         self.image_size = image_size
         self.channels = channels
         self.upright = upright
@@ -1646,8 +1660,10 @@ def main(args):
     samples = open_images(args.samples, args, args.image_size) if args.samples else None
     ckpts = choose_models(args)
     first = load_model(ckpts[0], args, accelerator.device) if ckpts else None
+    rows = sweep_rows(args)
     if first:
-        sampling_settings(args, first[0], cfg_scale=1.0)
+        for row, _ in rows:  # what one of them cannot do is refused before any work
+            sampling_settings(row, first[0], cfg_scale=1.0)
         take_reference(args, ckpts[0], first[0].metadata)
 
     # 3. Open the reference and the feature network, and see which metrics they allow.
@@ -1685,7 +1701,7 @@ def main(args):
             samples, reference, network, accelerator, num_workers=args.num_workers, **common))
     for ckpt in ckpts:
         model, vae, _ = first if ckpt == ckpts[0] else load_model(ckpt, args, accelerator.device)
-        for row, swept in sweep_rows(args):
+        for row, swept in rows:
             diffusion, sampling = sampling_settings(row, model, cfg_scale=1.0)
             result = evaluate_model(
                 model, diffusion, vae, reference, network, args.num_fid_samples, accelerator,
@@ -1954,6 +1970,7 @@ def sweep_rows(args):
     """
     if not args.sweep:
         return [(args, {})]
+    # A value is read and checked as if its own flag had been given.
     name, _, values = args.sweep.partition("=")
     flags = {flag.dest: flag for flag in SAMPLING_FLAGS if flag.dest in SWEEPABLE}
     rows = []
@@ -1964,6 +1981,8 @@ def sweep_rows(args):
         except (KeyError, ValueError):
             raise InputError(f"--sweep {args.sweep}: give a name of {', '.join(SWEEPABLE)} and "
                              "values, such as cfg_scale=1,1.5,4") from None
+
+        # The flag itself would be overridden without a word.
         if getattr(args, name) is not None:
             raise InputError(f"{flags[name].name} does nothing beside --sweep, which varies it")
         setattr(row, name, value)
@@ -2176,6 +2195,7 @@ class ReferenceFile:
     def __init__(self, path, network):
         self.path = path
         self.name = printable(Path(path).name)
+        # Statistics are small and read now, images are read when they are needed.
         arrays = {}
         with open_npz(path) as archive:
             members = set(archive.namelist())
@@ -2236,6 +2256,7 @@ class ReferenceFile:
         if not fits:
             raise InputError(f"{self.path} holds statistics of {of}, which cannot be compared with "
                              f"{network.name}: change --features or --resize")
+        # The width is the last thing that can tell two networks apart.
         width = len(self.statistics.get("pool", [range(network.width)])[0])
         if width != network.width:
             raise InputError(f"{self.path} holds features of width {width}, {network.name} has "
@@ -2559,6 +2580,7 @@ def plot_metrics(runs, path):
 
 def plot_run(folder, path=None):
     """Draw what a run's metrics.jsonl holds against its step: losses, images/s, metrics."""
+    # The lines of all processes and resumes, in the order of their steps.
     path = path or Path(folder) / "curves.png"
     try:
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
