@@ -46,19 +46,21 @@ def command(script, *flags):
     run_command(script.main, script.parse_args([str(flag) for flag in flags]))
 
 
-def refused(capsys, script, *flags):
-    """The one line on stderr with which a command ends with status 2.
+def said(capsys):
+    """The lines on stderr, but for the one that names the device."""
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if not line.startswith("running on ")]
 
-    stdout is not looked at, nor the line that names the device.
-    """
+
+def refused(capsys, script, *flags):
+    """The one line on stderr with which a command ends with status 2; stdout is not looked at."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped, warnings.catch_warnings(record=True) as shown:
         # As Python does where no tests run.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         command(script, *flags)
     assert not shown, [str(warning.message) for warning in shown]
-    lines = capsys.readouterr().err.splitlines()
-    lines = [line for line in lines if not line.startswith("running on ")]
+    lines = said(capsys)
     assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
