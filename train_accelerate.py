@@ -33,6 +33,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -45,6 +46,7 @@ from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import psutil
 import safetensors.torch
 import torch
@@ -53,6 +55,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from filelock import FileLock, Timeout
+from PIL import Image
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import dit
@@ -1107,6 +1110,13 @@ class Log:
             file.flush()
             os.fsync(file.fileno())
 
+    def show(self, step, path):
+        """Give the tracker the picture of a step."""
+        for tracker in self.accelerator.trackers:
+            pixels = np.asarray(Image.open(path))[None]  # (1, H, W, 3)
+            options = dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}
+            tracker.log_images(dict(samples=pixels), step, **options)
+
     def best(self, name):
         """The line with the lowest value of a metric, or None."""
         found = [line for line in self.lines if name in line]
@@ -1378,6 +1388,7 @@ class Previews:
                 self.ema, self.diffusion, self.vae, 4, self.args.global_seed, self.accelerator,
                 batch_size=32, on_step=lambda *_: progress.advance(), **self.sampling)
         on_main(self.accelerator, save_grid, images, self.picture(step), nrow, captions)
+        on_main(self.accelerator, self.log.show, step, self.picture(step))
 
     def evaluate(self, step):
         """Log metrics; the weights with the run's lowest FID, or FD, are kept: best.safetensors."""
@@ -1573,11 +1584,21 @@ def out_of_memory(error):
 
 
 def start_tracker(folder, settings, accelerator):
-    """Begin to log to settings["tracker"]; InputError when it does not let us."""
+    """Begin to log to settings["tracker"], or continue there; InputError when it refuses.
+
+    settings["tracker_run"] becomes the name by which W&B knows the run.
+    """
     accelerator.project_configuration.logging_dir = str(folder)
     shown = {name: str(value) for name, value in settings.items()}
+    # A resumed run is the same run there, without the points after its checkpoint.
+    saved = step_folders(folder)
+    begun = read_json(folder / "config.json") if saved else {}
+    settings["tracker_run"] = begun.get("tracker_run") or secrets.token_hex(8)
+    options = dict(
+        tensorboard=dict(purge_step=int(saved[-1].name) + 1 if saved else None),
+        wandb=dict(id=settings["tracker_run"], resume="allow"))
     try:
-        accelerator.init_trackers(folder.name, shown)
+        accelerator.init_trackers(folder.name, shown, options)
     except Exception as error:  # of whatever kind the tracker's library raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"--tracker {settings['tracker']}: {reason[0]}") from error

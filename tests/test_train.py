@@ -17,6 +17,7 @@ import time
 import traceback
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import psutil
 import pytest
@@ -341,14 +342,28 @@ def test_bfloat16_keeps_weights_in_float32_and_losses_near(tmp_path, whole_run):
     assert a != b and a == pytest.approx(b, rel=0.02)
 
 
-def test_the_tracker_gets_what_the_log_gets(tmp_path):
+def test_the_tracker_gets_what_the_log_gets_once(tmp_path, monkeypatch):
+    """Its numbers and pictures, also of a run that resumes before its last line."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = train(tmp_path, "--tracker", "tensorboard")
-    events = [EventAccumulator(str(path)).Reload() for path in run.rglob("events*")]
-    (scalars,) = [found.Scalars("loss") for found in events if "loss" in found.Tags()["scalars"]]
+    started = []
+    init = accelerate.Accelerator.init_trackers
+
+    def watched(accelerator, name, shown, options):
+        started.append(options["wandb"])
+        init(accelerator, name, shown, options)
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", watched)
+    flags = ["--tracker", "tensorboard", "--log-every", 1, "--sample-every", 3]
+    run = train(tmp_path, *flags, "--max-steps", 5)
+    shutil.rmtree(run / "checkpoints" / "0000005")
+    train(tmp_path, *flags)
+    events = EventAccumulator(str(run / "run")).Reload()
     logged = [(line["step"], pytest.approx(line["loss"])) for line in lines(run)]
-    assert [(scalar.step, scalar.value) for scalar in scalars] == logged
+    assert [(scalar.step, scalar.value) for scalar in events.Scalars("loss")] == logged
+    assert [image.step for image in events.Images("samples")] == [3, 6]
+    # W&B is told that it is the same run.
+    assert started[0] == started[1] and started[1]["resume"] == "allow"
 
 
 @pytest.mark.slow
