@@ -200,7 +200,8 @@ def main(args):
 
 
 ByData = namedtuple("ByData", "digits others")  # a value that follows the data
-PerRun = namedtuple("PerRun", "times most")  # steps: a share of the run's, but no more than most
+# Steps: a share of the run's, but no more than most and, as pictures cost time, no less than least.
+PerRun = namedtuple("PerRun", "times most least", defaults=[1])
 UpTo = namedtuple("UpTo", "most")  # images to score, see Previews
 
 
@@ -218,7 +219,7 @@ class Setting(Flag):
         # What argparse has to know follows from the kind of the values.
         value = laptop if paper is None else paper
         if isinstance(value, ByData | PerRun | UpTo):
-            value = value[-1]
+            value = value[0]
         if isinstance(value, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif value is not None:
@@ -246,6 +247,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 WORKERS = ByData(0, min(4, CORES))  # digits are in memory
 AUTO = 0  # parts of a batch
 LOGS, TENTHS, WHOLE = PerRun(20, 100), PerRun(10, 50_000), PerRun(1, 50_000)
+PREVIEWS = PerRun(10, 50_000, least=10)
 
 SETTINGS = {
     #           flag                             the paper    laptop      bounds   on resume
@@ -326,7 +328,7 @@ SETTINGS = {
                 "steps between checkpoints"),
         Setting("--keep-checkpoints",            3,           3,          FROM_1,  "free",
                 "how many of the last are kept"),
-        Setting("--sample-every",                TENTHS,      TENTHS,     FROM_0,  "free",
+        Setting("--sample-every",                PREVIEWS,    PREVIEWS,   FROM_0,  "free",
                 "steps between sample grids, 0 for none"),
         Setting("--eval-every",                  WHOLE,       WHOLE,      FROM_0,  "free",
                 "steps between evaluations, 0 for none"),
@@ -458,7 +460,7 @@ def fit_to_data(args, data, vae, folder, accelerator):
         value = setting.recipes[recipe(args)]
         if isinstance(value, PerRun) and getattr(args, setting.dest) is None:
             every = math.ceil(total / value.times)
-            setattr(args, setting.dest, max(1, min(every, value.most)))
+            setattr(args, setting.dest, max(value.least, min(every, value.most)))
 
 
 def identify(args, data, vae, accelerator):
