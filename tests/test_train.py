@@ -487,6 +487,23 @@ def test_an_error_of_one_process_does_not_wait_for_the_others(tmp_path):
     assert statuses[1] == 2 and statuses[0] != 0
 
 
+@pytest.mark.parametrize(("error", "status", "words"), [
+    ("dit.RankLocalError('a broken image')", 2, "error: a broken image"),
+    ("ZeroDivisionError", 1, "ZeroDivisionError"), ("SystemExit(143)", 143, "")])
+def test_one_of_several_processes_prints_and_is_gone(error, status, words):
+    """Whatever would wait at Python's end for the others."""
+    code = f"""
+import atexit, time, dit
+atexit.register(time.sleep, 1000)
+def main(args):
+    raise {error}
+dit.run_command(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                           timeout=300, env=os.environ | dict(WORLD_SIZE="2", RANK="1"))
+    assert ended.returncode == status and words in ended.stderr
+
+
 def test_overflows_of_float16_are_counted_and_no_loss_of_zero_is_logged():
     scale = [2.0]
     accelerator = SimpleNamespace(
