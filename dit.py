@@ -33,6 +33,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import traceback
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass
@@ -1175,7 +1176,7 @@ class RankLocalError(InputError):
 def is_rank_0():
     """Whether this process is the first of several, or alone."""
     # A RANK that some other program left in the environment means nothing to a lone process.
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    return alone() or os.environ.get("RANK", "0") == "0"
 
 
 def log_stderr(text, everywhere=False):
@@ -1198,15 +1199,36 @@ def run_command(main, args=None):
         sys.stdout.flush()  # here, or the interpreter's end would be what meets a cut pipe
     except InputError as error:
         log_stderr(f"error: {error}", everywhere=isinstance(error, RankLocalError))
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
+    except SystemExit as error:
+        leave(error.code)
     except BrokenPipeError:
         # A pipe to something else, such as a worker, is a bug.
         if not stdout_is_cut():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        leave(141)
+    except Exception:
+        if alone():
+            raise
+        traceback.print_exc()
+        leave(1)
+
+
+def leave(status):
+    """End with a status; one of several processes at once: Python's end may wait for the others."""
+    if alone():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else 1)
+
+
+def alone():
+    """Whether this process is not one of several that work together."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def stdout_is_cut():

@@ -33,6 +33,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -45,6 +46,7 @@ from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import psutil
 import safetensors.torch
 import torch
@@ -53,6 +55,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from filelock import FileLock, Timeout
+from PIL import Image
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import dit
@@ -197,7 +200,8 @@ def main(args):
 
 
 ByData = namedtuple("ByData", "digits others")  # a value that follows the data
-PerRun = namedtuple("PerRun", "times most")  # steps: a share of the run's, but no more than most
+# Steps: a share of the run's, but no more than most and, as pictures cost time, no less than least.
+PerRun = namedtuple("PerRun", "times most least", defaults=[1])
 UpTo = namedtuple("UpTo", "most")  # images to score, see Previews
 
 
@@ -215,7 +219,7 @@ class Setting(Flag):
         # What argparse has to know follows from the kind of the values.
         value = laptop if paper is None else paper
         if isinstance(value, ByData | PerRun | UpTo):
-            value = value[-1]
+            value = value[0]
         if isinstance(value, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif value is not None:
@@ -243,6 +247,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 WORKERS = ByData(0, min(4, CORES))  # digits are in memory
 AUTO = 0  # parts of a batch
 LOGS, TENTHS, WHOLE = PerRun(20, 100), PerRun(10, 50_000), PerRun(1, 50_000)
+PREVIEWS = PerRun(10, 50_000, least=10)
 
 SETTINGS = {
     #           flag                             the paper    laptop      bounds   on resume
@@ -323,7 +328,7 @@ SETTINGS = {
                 "steps between checkpoints"),
         Setting("--keep-checkpoints",            3,           3,          FROM_1,  "free",
                 "how many of the last are kept"),
-        Setting("--sample-every",                TENTHS,      TENTHS,     FROM_0,  "free",
+        Setting("--sample-every",                PREVIEWS,    PREVIEWS,   FROM_0,  "free",
                 "steps between sample grids, 0 for none"),
         Setting("--eval-every",                  WHOLE,       WHOLE,      FROM_0,  "free",
                 "steps between evaluations, 0 for none"),
@@ -455,7 +460,7 @@ def fit_to_data(args, data, vae, folder, accelerator):
         value = setting.recipes[recipe(args)]
         if isinstance(value, PerRun) and getattr(args, setting.dest) is None:
             every = math.ceil(total / value.times)
-            setattr(args, setting.dest, max(1, min(every, value.most)))
+            setattr(args, setting.dest, max(value.least, min(every, value.most)))
 
 
 def identify(args, data, vae, accelerator):
@@ -1107,6 +1112,13 @@ class Log:
             file.flush()
             os.fsync(file.fileno())
 
+    def show(self, step, path):
+        """Give the tracker the picture of a step."""
+        for tracker in self.accelerator.trackers:
+            pixels = np.asarray(Image.open(path))[None]  # (1, H, W, 3)
+            options = dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}
+            tracker.log_images(dict(samples=pixels), step, **options)
+
     def best(self, name):
         """The line with the lowest value of a metric, or None."""
         found = [line for line in self.lines if name in line]
@@ -1378,6 +1390,7 @@ class Previews:
                 self.ema, self.diffusion, self.vae, 4, self.args.global_seed, self.accelerator,
                 batch_size=32, on_step=lambda *_: progress.advance(), **self.sampling)
         on_main(self.accelerator, save_grid, images, self.picture(step), nrow, captions)
+        on_main(self.accelerator, self.log.show, step, self.picture(step))
 
     def evaluate(self, step):
         """Log metrics; the weights with the run's lowest FID, or FD, are kept: best.safetensors."""
@@ -1573,11 +1586,21 @@ def out_of_memory(error):
 
 
 def start_tracker(folder, settings, accelerator):
-    """Begin to log to settings["tracker"]; InputError when it does not let us."""
+    """Begin to log to settings["tracker"], or continue there; InputError when it refuses.
+
+    settings["tracker_run"] becomes the name by which W&B knows the run.
+    """
     accelerator.project_configuration.logging_dir = str(folder)
     shown = {name: str(value) for name, value in settings.items()}
+    # A resumed run is the same run there, without the points after its checkpoint.
+    saved = step_folders(folder)
+    begun = read_json(folder / "config.json") if saved else {}
+    settings["tracker_run"] = begun.get("tracker_run") or secrets.token_hex(8)
+    options = dict(
+        tensorboard=dict(purge_step=int(saved[-1].name) + 1 if saved else None),
+        wandb=dict(id=settings["tracker_run"], resume="allow"))
     try:
-        accelerator.init_trackers(folder.name, shown)
+        accelerator.init_trackers(folder.name, shown, options)
     except Exception as error:  # of whatever kind the tracker's library raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"--tracker {settings['tracker']}: {reason[0]}") from error

@@ -16,7 +16,9 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import psutil
 import pytest
@@ -341,14 +343,28 @@ def test_bfloat16_keeps_weights_in_float32_and_losses_near(tmp_path, whole_run):
     assert a != b and a == pytest.approx(b, rel=0.02)
 
 
-def test_the_tracker_gets_what_the_log_gets(tmp_path):
+def test_the_tracker_gets_what_the_log_gets_once(tmp_path, monkeypatch):
+    """Its numbers and pictures, also of a run that resumes before its last line."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = train(tmp_path, "--tracker", "tensorboard")
-    events = [EventAccumulator(str(path)).Reload() for path in run.rglob("events*")]
-    (scalars,) = [found.Scalars("loss") for found in events if "loss" in found.Tags()["scalars"]]
+    started = []
+    init = accelerate.Accelerator.init_trackers
+
+    def watched(accelerator, name, shown, options):
+        started.append(options["wandb"])
+        init(accelerator, name, shown, options)
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", watched)
+    flags = ["--tracker", "tensorboard", "--log-every", 1, "--sample-every", 3]
+    run = train(tmp_path, *flags, "--max-steps", 5)
+    shutil.rmtree(run / "checkpoints" / "0000005")
+    train(tmp_path, *flags)
+    events = EventAccumulator(str(run / "run")).Reload()
     logged = [(line["step"], pytest.approx(line["loss"])) for line in lines(run)]
-    assert [(scalar.step, scalar.value) for scalar in scalars] == logged
+    assert [(scalar.step, scalar.value) for scalar in events.Scalars("loss")] == logged
+    assert [image.step for image in events.Images("samples")] == [3, 6]
+    # W&B is told that it is the same run.
+    assert started[0] == started[1] and started[1]["resume"] == "allow"
 
 
 @pytest.mark.slow
@@ -439,6 +455,71 @@ def test_other_settings_are_refused_allowed_or_free(tmp_path, whole_run):
     assert json.loads(config.read_text())["lr"] == 0.002
     run = train(tmp_path, "--lr", 0.1, "--allow-changes", "--max-steps", 7, "--num-workers", 1)
     assert json.loads(config.read_text())["lr"] == 0.1 and lines(run)[-1]["lr"] == 0.1
+
+
+def test_a_signal_while_scoring_ends_at_once_and_says_how_to_score(
+    tmp_path, monkeypatch, capfd, quick_evaluation,
+):
+    monkeypatch.setattr(train_accelerate, "evaluate_model",
+                        lambda *args, **settings: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, "--eval-every", 3, "--eval-samples", 4)
+    printed = capfd.readouterr().out
+    assert stop.value.code == 130 and checkpoints(tmp_path / "run")[-1] == "0000003"
+    assert f"to score alone: accelerate launch evaluate.py --ckpt {tmp_path / 'run'}" in printed
+
+
+def test_an_error_of_one_process_does_not_wait_for_the_others(tmp_path):
+    """Not even for the end of their group, which may take hours."""
+    def fail():
+        torch.distributed.destroy_process_group = lambda: time.sleep(1000)
+        original = train_accelerate.update_ema
+
+        def update(*args):
+            if os.environ["RANK"] == "1":
+                raise dit.RankLocalError("a broken image, say")
+            original(*args)
+
+        train_accelerate.update_ema = update
+        train(tmp_path)
+
+    statuses = wait(*fork_two(fail))
+    assert statuses[1] == 2 and statuses[0] != 0
+
+
+@pytest.mark.parametrize(("error", "status", "words"), [
+    ("dit.RankLocalError('a broken image')", 2, "error: a broken image"),
+    ("ZeroDivisionError", 1, "ZeroDivisionError"), ("SystemExit(143)", 143, "")])
+def test_one_of_several_processes_prints_and_is_gone(error, status, words):
+    """Whatever would wait at Python's end for the others."""
+    code = f"""
+import atexit, time, dit
+atexit.register(time.sleep, 1000)
+def main(args):
+    raise {error}
+dit.run_command(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                           timeout=300, env=os.environ | dict(WORLD_SIZE="2", RANK="1"))
+    assert ended.returncode == status and words in ended.stderr
+
+
+def test_overflows_of_float16_are_counted_and_no_loss_of_zero_is_logged():
+    scale = [2.0]
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), gradient_accumulation_steps=1, num_processes=1,
+        scaler=SimpleNamespace(get_scale=lambda: scale[0]), reduce=lambda tensor, how: tensor)
+    means = train_accelerate.RunningMeans(("loss",), accelerator)
+    checkpoints = SimpleNamespace(last_good=lambda: "none")
+    for step, norm in enumerate([math.inf, math.nan]):
+        means.add(dict(loss=torch.ones(2)), torch.ones(2, 1, 8, 8))
+        assert means.end_step(step, torch.tensor(norm))  # the scaler skips it by itself
+    means.check(0, None, checkpoints)
+    line = means.take()
+    assert line["loss"] is None and line["overflowed_steps"] == 2 and line["skipped_steps"] == 0
+    scale[0] = 0.5
+    with pytest.raises(InputError, match="scale fell to 0.5: use --mixed-precision bf16"):
+        means.check(0, None, checkpoints)
 
 
 @pytest.mark.parametrize("skip", [0, 2])
@@ -552,7 +633,7 @@ def test_the_recipe_follows_the_network_and_sizes_the_data(flags, expected):
     assert {name: args[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize(("flags", "logs", "draws", "scores", "samples", "reference"), [
+@pytest.mark.parametrize(("flags", "logs", "saves", "scores", "samples", "reference"), [
     # As many evaluations of the network as the training: 3 an image, 40 or 20 a guided sample.
     (["--max-steps", 40], 2, 4, 40, 3 * 128 * 40 // 40, 1797),
     (["--max-steps", 1000], 50, 100, 1000, 500, 1797),
@@ -563,7 +644,7 @@ def test_the_recipe_follows_the_network_and_sizes_the_data(flags, expected):
     (["--max-steps", 90_000, "--model", "DiT-S/8"], 100, 9000, 50_000, 1797, 1797),
 ])
 def test_intervals_and_scores_follow_the_length_of_the_run(
-    flags, logs, draws, scores, samples, reference, quick_evaluation,
+    flags, logs, saves, scores, samples, reference, quick_evaluation,
 ):
     from sample_grid import Autoencoder
 
@@ -578,7 +659,8 @@ def test_intervals_and_scores_follow_the_length_of_the_run(
         args, data, vae, train_accelerate.create_process(args.objective))
     log = train_accelerate.Log(Path("nowhere"), accelerator)
     previews = train_accelerate.Previews(args, ema, vae, data, log, accelerator)
-    assert (args.log_every, args.sample_every, args.ckpt_every) == (logs, draws, draws)
+    assert (args.log_every, args.ckpt_every) == (logs, saves)
+    assert args.sample_every == max(10, saves)
     assert (args.eval_every, args.eval_samples) == (scores, samples)
     assert len(previews.compared) == reference
 
@@ -971,6 +1053,18 @@ def test_four_pictures_and_more_classes_than_they_have(tmp_path):
     names = load_checkpoint(run).metadata["class_names"]
     assert names == ["ant", "bee", "cat", "dog", "4", "5"]
     assert (run / "samples" / "0000002.png").exists()
+
+
+def test_gray_pictures_train_one_channel_and_weights_in_colour_do_not_fit(tmp_path, capfd):
+    for path in grow_classes(tmp_path / "data", "ant", "bee").rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    flags = ["--data-path", tmp_path / "data", *OWN, "--max-steps", 1]
+    assert load_checkpoint(train(tmp_path, *flags)).in_channels == 1
+    assert "all images are gray" in capfd.readouterr().out
+    given = build_dit("DiT-Ti/2", input_size=8, in_channels=3, num_classes=2)
+    save_checkpoint(tmp_path / "given.safetensors", given)
+    with pytest.raises(InputError, match="in_channels 3, not 1; channels are 1 for gray pixels"):
+        train(tmp_path, *flags, "--init", tmp_path / "given.safetensors", "--run-name", "other")
 
 
 def test_settings_of_accelerates_configuration_are_recorded(tmp_path, monkeypatch):
