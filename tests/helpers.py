@@ -46,12 +46,6 @@ def command(script, *flags):
     run_command(script.main, script.parse_args([str(flag) for flag in flags]))
 
 
-def said(capsys):
-    """The lines on stderr, but for the one that names the device."""
-    lines = capsys.readouterr().err.splitlines()
-    return [line for line in lines if not line.startswith("running on ")]
-
-
 def refused(capsys, script, *flags):
     """The one line on stderr with which a command ends with status 2; stdout is not looked at."""
     capsys.readouterr()
@@ -60,7 +54,7 @@ def refused(capsys, script, *flags):
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         command(script, *flags)
     assert not shown, [str(warning.message) for warning in shown]
-    lines = said(capsys)
+    lines = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 

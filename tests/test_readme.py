@@ -41,8 +41,9 @@ def helps():
     texts = {}
     for name in SCRIPTS:
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-            importlib.import_module(name).parse_args(["--help"])
+        for command in [["--help"]] + [["convert", "--help"]] * (name == "dit"):
+            with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+                importlib.import_module(name).parse_args(command)
         texts[f"{name}.py"] = printed.getvalue()
     for path in (*ROOT.glob("tests/*.py"), *ROOT.glob("docs/*/*.py")):
         texts.setdefault(path.name, path.read_text())
