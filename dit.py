@@ -2,6 +2,8 @@
 
     python dit.py                    the paper's configurations: parameters, Gflops
     python dit.py convert SRC DST    weights from any layout that load_checkpoint reads to another
+    python dit.py convert RUN FOLDER --push OWNER/NAME    a DiTPipeline with its card, uploaded
+    python dit.py convert SiT-XL-2-256x256.pt sit.safetensors --objective sit
 
 The paper is "Scalable Diffusion Models with Transformers", Peebles & Xie, 2022, arXiv:2212.09748;
 its section 3.2 is all that is needed to understand this file. One forward pass:
@@ -26,12 +28,16 @@ import json
 import math
 import os
 import re
+import shlex
+import shutil
 import sys
 import tempfile
 import threading
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 import torch.nn as nn
@@ -79,16 +85,14 @@ class TimestepEmbedder(nn.Module):
     The sinusoids are those of Vaswani et al., 2017, section 3.5, cosines first.
     """
 
-    def __init__(self, hidden_size, frequency_size=256):
+    def __init__(self, hidden_size):
         super().__init__()
-        self.frequency_size = frequency_size
-        first, second = nn.Linear(frequency_size, hidden_size), nn.Linear(hidden_size, hidden_size)
+        first, second = nn.Linear(256, hidden_size), nn.Linear(hidden_size, hidden_size)
         self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, t):
-        half = self.frequency_size // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(10000) / half * steps)
+        steps = torch.arange(128, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) / 128 * steps)
         angles = t.float()[:, None] * frequencies  # float32: in bfloat16 998 and 999 are the same
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)  # (N, 256)
         return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
@@ -209,14 +213,15 @@ class DiTConfig:
 
     def __post_init__(self):
         """InputError unless patches tile the image, heads share D, and positions its quarters."""
-        sides, width, heads = (self.input_size, self.patch_size), self.hidden_size, self.num_heads
+        width = self.hidden_size
         try:
-            fits = not (sides[0] % sides[1] or width % heads or width % 4)
+            remainders = self.input_size % self.patch_size, width % self.num_heads, width % 4
         except (TypeError, ZeroDivisionError):  # a damaged file may hold anything
-            fits = False
-        if not fits:
-            raise InputError(f"input size {sides[0]} must divide by patch size {sides[1]}, hidden "
-                             f"size {width} by 4 and by {heads} heads")
+            remainders = None
+        if remainders != (0, 0, 0):
+            raise InputError(f"input size {self.input_size} must divide by patch size "
+                             f"{self.patch_size}, hidden size {width} by 4 and by "
+                             f"{self.num_heads} heads")
 
 
 class DiT(nn.Module):
@@ -381,63 +386,6 @@ def count_macs(config):
     return tokens * (config["depth"] * block + ends) + once
 
 
-def state_bytes(model):
-    """Bytes of training without the images: weights, EMA, AdamW's two moments, gradients.
-
-    All of them are float32; positions are in the weights and the EMA alone.
-    """
-    weights = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return 4 * (2 * weights + 3 * trained)
-
-
-def kept_bytes(config):
-    """Bytes that a forward pass in bfloat16 keeps for backward, per image.
-
-    Returns two numbers: without and with gradient checkpointing. They are counted: on meta tensors,
-    which have shapes but no memory, autograd shows each tensor that it saves.
-    """
-    # One block is enough, since all keep the same.
-    with torch.device("meta"):
-        model = DiT(**config | dict(depth=1)).train()
-
-    def kept(images):
-        storages = set()  # the same memory may be saved under several shapes
-
-        def note(tensor):
-            storages.add(tensor.untyped_storage())
-            return tensor
-
-        with torch.device("meta"):
-            x = torch.empty(images, model.in_channels, model.input_size, model.input_size)
-            t, y = torch.zeros(images), torch.zeros(images, dtype=torch.int64)
-            with AutocastOnMeta(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-                model(x, t, y)
-        return sum(storage.nbytes() for storage in storages)
-
-    # What two images keep more than one leaves out the weights.
-    block, model.blocks = model.blocks, nn.ModuleList()
-    ends = kept(images=2) - kept(images=1)
-    model.blocks = block
-    totals = []
-    for checkpointing in (False, True):
-        model.gradient_checkpointing = checkpointing
-        totals.append(ends + config["depth"] * (kept(images=2) - kept(images=1) - ends))
-    return totals
-
-
-class AutocastOnMeta(TorchFunctionMode):
-    """Meta tensors treated as autocast to bfloat16 treats a GPU's: PyTorch has none for them."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.linear, F.conv2d):
-            args = [value.bfloat16() if torch.is_tensor(value) else value for value in args]
-        if function is F.scaled_dot_product_attention:
-            # As all fused kernels this one keeps q, k, v, the output and a number for each row.
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
-        return function(*args, **(kwargs or {}))
-
-
 def print_configs():
     """The paper's configurations as a table: parameters, Gflops, and the memory of training.
 
@@ -580,20 +528,38 @@ def differing_entries(config, other):
     return [entry for entry in config if value(config, entry) != value(other, entry)]
 
 
-def convert(source, destination):
+def check_objective(model, source, objective=None):
+    """Note what a model was trained to predict, where its file does not say so: ddpm, flow or sit.
+
+    Raises InputError when the file says something else.
+    """
+    stored = model.metadata.get("objective")
+    if objective and stored not in (None, objective):
+        raise InputError(f"{source} was trained with --objective {stored}, not {objective}")
+    if objective:
+        model.metadata["objective"] = objective
+
+
+LAYOUTS = {".safetensors": "ours", ".pt": "official"}  # of a destination; a folder is diffusers'
+
+
+def convert(source, destination, objective=None):
     """Write weights that load_checkpoint reads in another layout, float32 ones bit for bit.
 
     destination: NAME.safetensors is ours, NAME.pt an official bare state dict, any other a folder
-    in which transformer/ will be diffusers'. Only ours carries metadata (class names, VAE), only
-    diffusers' drops the fixed positions. Raises InputError if destination exists, if its layout
-    cannot say what the model is, or if it cannot be written.
+    of diffusers: transformer/, a model card and, if DiTPipeline can draw from the model, its other
+    parts. Only official files carry no metadata (class names, VAE, objective), only diffusers' no
+    fixed positions. objective: what the source does not say of itself. Raises InputError if the
+    destination exists, if its layout cannot say what the model is, or if it cannot be written.
     """
     destination = Path(destination)
-    layout = {".safetensors": "ours", ".pt": "official"}.get(destination.suffix, "diffusers")
-    target = destination / "transformer" if layout == "diffusers" else destination
-    if target.exists():
-        raise InputError(f"{target} exists and is left as it is: remove it or give another name")
+    layout = LAYOUTS.get(destination.suffix, "diffusers")
+    parts = [destination / name for name in PIPELINE] if layout == "diffusers" else [destination]
+    for path in parts:
+        if path.exists():
+            raise InputError(f"{path} exists and is left as it is: remove it or give another name")
     model = load_checkpoint(source)
+    check_objective(model, source, objective)
 
     # What a layout does not say is implied: the model must have just that.
     implied = dict(ours={}, diffusers=dict(class_dropout_prob=0.1, mlp_ratio=4.0),
@@ -601,15 +567,18 @@ def convert(source, destination):
     lost = differing_entries(implied[layout], model.config)
     if lost:
         has = ", ".join(f"{entry} {model.config[entry]}" for entry in lost)
-        raise InputError(f"{target} could not say that the model has {has}: "
+        raise InputError(f"{destination} could not say that the model has {has}: "
                          "convert to a .safetensors")
     if layout == "ours":
-        save_checkpoint(target, model, **model.metadata)
+        save_checkpoint(destination, model, **model.metadata)
     elif layout == "official":
-        write_atomically(target, lambda temporary: torch.save(model.state_dict(), temporary))
+        write_atomically(destination, lambda temporary: torch.save(model.state_dict(), temporary))
+        if "objective" in model.metadata:
+            log_stderr(f"{destination} does not say that its objective is "
+                       f"{model.metadata['objective']}: give --objective with it")
     else:
-        write_diffusers(target, model)
-    print(f"wrote {target}")
+        write_pipeline(destination, model, Path(source))
+    print(f"wrote {destination}")
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -617,7 +586,11 @@ def convert(source, destination):
 
 def main(args):
     if args.command == "convert":
-        convert(args.source, args.destination)
+        if args.push and Path(args.destination).suffix in LAYOUTS:
+            raise InputError(f"--push uploads a folder, not {args.destination}")
+        convert(args.source, args.destination, args.objective)
+        if args.push:
+            push(args.destination, args.push)
     else:
         print_configs()
 
@@ -629,15 +602,80 @@ def parse_args(argv=None):
     add = commands.add_parser("convert", help="write weights in another layout").add_argument
     add("source", help="a run's folder, .safetensors, official .pt, diffusers folder or known name")
     add("destination", help="NAME.safetensors (ours), NAME.pt (official) or a folder (diffusers)")
+    add("--objective", choices=("ddpm", "flow", "sit"),
+        help="what the network was trained to predict, where its file does not say so: sit for "
+             "SiT's own weights")
+    add("--push", metavar="OWNER/NAME",
+        help="upload the folder to the Hugging Face hub, as a private repository if it is new")
     return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------- machinery: skip it on a first reading
 
+# -------------------------------------------------------------------------- the memory of training
+
+
+def state_bytes(model):
+    """Bytes of training without the images: weights, EMA, AdamW's two moments, gradients.
+
+    All of them are float32; positions are in the weights and the EMA alone.
+    """
+    weights = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 4 * (2 * weights + 3 * trained)
+
+
+def kept_bytes(config):
+    """Bytes that a forward pass in bfloat16 keeps for backward, per image.
+
+    Returns two numbers: without and with gradient checkpointing. They are counted: on meta tensors,
+    which have shapes but no memory, autograd shows each tensor that it saves.
+    """
+    # One block is enough, since all keep the same.
+    with torch.device("meta"):
+        model = DiT(**config | dict(depth=1)).train()
+
+    def kept(images):
+        storages = set()  # the same memory may be saved under several shapes
+
+        def note(tensor):
+            storages.add(tensor.untyped_storage())
+            return tensor
+
+        shape = (images, model.in_channels, model.input_size, model.input_size)
+        x = torch.empty(shape, device="meta")
+        y = torch.zeros(images, dtype=torch.int64, device="meta")
+        with AutocastOnMeta(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            model(x, y, y)
+        return sum(storage.nbytes() for storage in storages)
+
+    # What two images keep more than one leaves out the weights.
+    block, model.blocks = model.blocks, nn.ModuleList()
+    ends = kept(images=2) - kept(images=1)
+    model.blocks = block
+    totals = []
+    for checkpointing in (False, True):
+        model.gradient_checkpointing = checkpointing
+        totals.append(ends + config["depth"] * (kept(images=2) - kept(images=1) - ends))
+    return totals
+
+
+class AutocastOnMeta(TorchFunctionMode):
+    """Meta tensors treated as autocast to bfloat16 treats a GPU's: PyTorch has none for them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.linear, F.conv2d):
+            args = [value.bfloat16() if torch.is_tensor(value) else value for value in args]
+        if function is F.scaled_dot_product_attention:
+            # As all fused kernels this one keeps q, k, v, the output and a number for each row.
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+        return function(*args, **(kwargs or {}))
+
+
 # ----------------------------------------------------------------- files of weights, of all layouts
 
-KNOWN = (DIT_CONFIGS | DEMO_CONFIGS).values()
-HEADS = {config["hidden_size"]: config["num_heads"] for config in KNOWN}  # which no shape tells
+HEADS = {  # width -> heads, which no shape tells
+    config["hidden_size"]: config["num_heads"] for config in (DIT_CONFIGS | DEMO_CONFIGS).values()}
 
 
 def read_weights(path):
@@ -664,31 +702,23 @@ def read_weights(path):
 def read_safe(path):
     """read_weights for a .safetensors file: its header says what it is, or else what lies by it."""
     header, tensors = read_safetensors(path)
-    if "config" in header:
-        # Files of the first release have a checksum of another kind, which is not compared.
-        stored = header.pop("fingerprint", None)
-        if stored is not None and stored != fingerprint(header, tensors):
-            raise InputError(f"{path} is damaged: its fingerprint does not match its contents")
-        config, metadata = read_header(header, path)
-        return config, tensors, metadata
+    # Files of the first release have a checksum of another kind, which is not compared.
+    stored = header.pop("fingerprint", None)
+    if stored is not None and stored != fingerprint(header, tensors):
+        raise InputError(f"{path} is damaged: its fingerprint does not match its contents")
 
-    # One file out of a diffusers folder.
-    if is_diffusers(path.parent):
-        return read_diffusers(path.parent, [path])
-
-    # A run's own weights are the same network as the averaged ones beside them.
-    averaged = path.with_name("ema.safetensors")
-    if averaged.is_file():
-        config, metadata = read_header(read_safetensors(averaged)[0], averaged)
-        return config, tensors, metadata
-    return official_network(tensors, f"{path}, which has no config,")
-
-
-def read_header(header, path):
-    """(config, metadata) that save_checkpoint put into a file's header."""
+    # Without a config: a file out of a diffusers folder; a run's own weights, of the same network
+    # as the averaged ones beside them; or any.
+    if "config" not in header:
+        averaged = path.with_name("ema.safetensors")
+        if is_diffusers(path.parent):
+            return read_diffusers(path.parent, [path])
+        if not averaged.is_file():
+            return official_network(tensors, f"{path}, which has no config,")
+        header = read_safetensors(averaged)[0]
     try:
         config = asdict(DiTConfig(**json.loads(header["config"])))
-        return config, json.loads(header["metadata"])
+        return config, tensors, json.loads(header["metadata"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: its header does not say what it is ({error!r})"
                          ) from error
@@ -818,31 +848,31 @@ DIFFUSERS_FIXED = dict(  # what makes their transformer a DiT
 )
 
 
+DIFFUSERS_LAYERS = {  # ours -> theirs; {i} is the number of a block
+    "x_embedder.proj": ["pos_embed.proj"],
+    "t_embedder.mlp.0": ["transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1"],
+    "t_embedder.mlp.2": ["transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2"],
+    "y_embedder.embedding_table": [
+        "transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table"],
+    "blocks.{i}.adaLN_modulation.1": ["transformer_blocks.{i}.norm1.linear"],
+    "blocks.{i}.attn.qkv": [f"transformer_blocks.{{i}}.attn1.to_{part}" for part in "qkv"],
+    "blocks.{i}.attn.proj": ["transformer_blocks.{i}.attn1.to_out.0"],
+    "blocks.{i}.mlp.fc1": ["transformer_blocks.{i}.ff.net.0.proj"],
+    "blocks.{i}.mlp.fc2": ["transformer_blocks.{i}.ff.net.2"],
+    "final_layer.adaLN_modulation.1": ["proj_out_1"],
+    "final_layer.linear": ["proj_out_2"],
+}
+
+
 def diffusers_keys(depth):
     """Official key -> its diffusers keys: the three thirds of qkv, an embedder's copies, or one."""
-    # Each of their blocks has its own copy of the timestep's and the label's embedder.
-    embedders = [f"transformer_blocks.{i}.norm1.emb." for i in range(depth)]
-    names = {
-        "x_embedder.proj": ["pos_embed.proj"],
-        "t_embedder.mlp.0": [name + "timestep_embedder.linear_1" for name in embedders],
-        "t_embedder.mlp.2": [name + "timestep_embedder.linear_2" for name in embedders],
-        "y_embedder.embedding_table": [
-            name + "class_embedder.embedding_table" for name in embedders],
-        "final_layer.adaLN_modulation.1": ["proj_out_1"],
-        "final_layer.linear": ["proj_out_2"],
-    }
-    # The layers of the blocks themselves.
-    for i in range(depth):
-        ours, theirs = f"blocks.{i}.", f"transformer_blocks.{i}."
-        names[ours + "adaLN_modulation.1"] = [theirs + "norm1.linear"]
-        names[ours + "attn.qkv"] = [theirs + f"attn1.to_{part}" for part in "qkv"]
-        names[ours + "attn.proj"] = [theirs + "attn1.to_out.0"]
-        names[ours + "mlp.fc1"] = [theirs + "ff.net.0.proj"]
-        names[ours + "mlp.fc2"] = [theirs + "ff.net.2"]
     keys = {}
-    for layer, theirs in names.items():
-        keys[f"{layer}.weight"] = [f"{name}.weight" for name in theirs]
-        keys[f"{layer}.bias"] = [f"{name}.bias" for name in theirs]
+    for i in range(depth):
+        for ours, theirs in DIFFUSERS_LAYERS.items():
+            for kind in ("weight", "bias"):
+                names = keys.setdefault(f"{ours}.{kind}".format(i=i), [])
+                new = [f"{name}.{kind}".format(i=i) for name in theirs]
+                names += [name for name in new if name not in names]
     return keys
 
 
@@ -909,6 +939,7 @@ def read_diffusers(folder, files):
         config["hidden_size"] = theirs["num_attention_heads"] * theirs["attention_head_dim"]
         config["learn_sigma"] = theirs["out_channels"] == 2 * theirs["in_channels"]
         config = asdict(DiTConfig(**config))
+        metadata = dict(theirs.get("_metadata", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"by its config.json: {error!r}"
         raise InputError(f"{folder} is not a diffusers DiT, {reason}") from error
@@ -925,7 +956,7 @@ def read_diffusers(folder, files):
             raise InputError(f"{folder} has {twice[0]} in two files, one of them {file.name}: "
                              "remove the files that do not belong there")
         tensors |= new
-    return config, from_diffusers(tensors, config, folder), {}
+    return config, from_diffusers(tensors, config, folder), metadata
 
 
 def write_diffusers(folder, model):
@@ -934,12 +965,172 @@ def write_diffusers(folder, model):
     config |= DIFFUSERS_FIXED | {key: model.config[ours] for ours, key in DIFFUSERS_CONFIG.items()}
     config |= dict(attention_head_dim=model.hidden_size // model.num_heads,
                    out_channels=model.out_channels, norm_eps=1e-6)  # their default eps is 1e-5
+    if model.metadata:
+        config["_metadata"] = model.metadata  # diffusers passes over names with an underscore
     tensors = to_diffusers(model.state_dict(), model.depth)
     write_atomically(
         folder / "diffusion_pytorch_model.safetensors",
         lambda temporary: save_file(tensors, temporary, metadata=dict(format="pt")),
     )
     write_json(folder / "config.json", config)
+
+
+# ------------------------------------------------- a whole pipeline of diffusers, with a model card
+
+PIPELINE = ["transformer/", "vae/", "scheduler/", "model_index.json", "samples.png", "README.md"]
+SCHEDULER = dict(  # DDPM's betas, DDIM's equal strides: the official "ddim50"
+    _class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02,
+    beta_schedule="linear", clip_sample=False, set_alpha_to_one=True, steps_offset=0,
+)
+
+
+def write_pipeline(folder, model, source):
+    """A folder of diffusers: transformer/ and a card, and what else DiTPipeline needs to draw."""
+    write_diffusers(folder / "transformer", model)
+    try:
+        vae, kind, files = pipeline_vae(model)
+    except InputError as error:
+        print(f"{folder} has the transformer/ of a pipeline alone: {error}")
+        write_card(folder, model, source, f"Not as a DiTPipeline: {error}.")
+        return
+
+    # A VAE that is here is copied; one that is not, the reader has to fetch.
+    given = "" if files else f", vae=AutoencoderKL.from_pretrained({vae!r})"
+    if given:
+        log_stderr(f"{folder} has no vae/, as {vae} is not on this machine; "
+                   f"DiTPipeline.from_pretrained({folder.name!r}{given}) gets it")
+    for file in files:
+        write_atomically(folder / "vae" / file.name, functools.partial(shutil.copyfile, file))
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    names = {str(y): str(name) for y, name in enumerate(model.metadata.get("class_names") or ())}
+    write_json(folder / "model_index.json", dict(
+        _class_name="DiTPipeline", scheduler=["diffusers", "DDIMScheduler"], id2label=names,
+        transformer=["diffusers", "DiTTransformer2DModel"], vae=["diffusers", kind]))
+    write_card(folder, model, source, IN_DIFFUSERS.format(folder.name, given))
+
+
+def pipeline_vae(model):
+    """(name, class, files) of a model's VAE, no files if only the hub has it.
+
+    Raises InputError, which says why, when DiTPipeline cannot draw from the model.
+    """
+    from huggingface_hub import snapshot_download
+
+    objective = model.metadata.get("objective", "ddpm")
+    if objective != "ddpm":
+        raise InputError(f"its objective {objective} predicts image - noise, and the schedulers of "
+                         "diffusers want noise - image")
+    # Meta's weights alone take latents and do not say whose.
+    name = model.metadata.get("vae") or ("mse" if model.in_channels == 4 else "none")
+    if name == "none":
+        raise InputError("DiTPipeline draws through a VAE, and this model draws pixels")
+
+    # A folder, or else a repository of the hub, of which a copy may be in its client's cache.
+    found = Path(name)
+    if not found.is_dir():
+        name = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else name
+        try:
+            found = Path(snapshot_download(name, local_files_only=True))
+        except (OSError, ValueError):
+            return name, "AutoencoderKL", []
+    config = read_json(found / "config.json", "mend the folder of the VAE")
+    if config.get("shift_factor") or config.get("latents_mean"):
+        raise InputError(f"DiTPipeline only multiplies latents, and the VAE {name} shifts them too")
+    return name, config["_class_name"], [found / "config.json", *diffusers_files(found)]
+
+
+IN_DIFFUSERS = """```python
+from diffusers import AutoencoderKL, DiTPipeline
+
+pipe = DiTPipeline.from_pretrained("{}"{})
+for module in pipe.transformer.modules():
+    if hasattr(module, "time_proj"):
+        module.time_proj.downscale_freq_shift = 0
+pipe([0], guidance_scale=1.0, num_inference_steps=50).images[0].save("sample.png")
+```
+A guidance_scale above 1 needs a model of 1000 classes: 1000 is the pipeline's null label."""
+CARD = """---
+license: other  # FILL IN, here and at the end
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+---
+# {name}
+A class-conditional Diffusion Transformer ([DiT](https://arxiv.org/abs/2212.09748)), trained on
+{data} for {step} steps. {grid}
+
+## Sampling
+`python sample_grid.py --ckpt {name}` or, in diffusers:
+{in_diffusers}
+
+The known difference: diffusers embeds timesteps with other frequencies than the official DiT, and
+draws other pictures unless `downscale_freq_shift` is set to 0 in each `time_proj`.
+
+## Metrics
+| metric | value | 95 % interval |
+| --- | --- | --- |
+{rows}
+
+## Training
+`accelerate launch train_accelerate.py{flags}`
+```json
+{settings}
+```
+
+## Licence
+Of the weights: FILL IN. Of the data that they were trained on: FILL IN.
+"""
+
+
+def write_card(folder, model, source, in_diffusers):
+    """README.md, the model card of a folder, and samples.png, the newest grid of the run."""
+    # Weights out of a run: its settings, its last evaluation and its newest grid.
+    settings, metrics = {}, {}
+    log = source / "metrics.jsonl"
+    if log.is_file():
+        settings = read_json(source / "config.json", "give the run's weights alone")
+        lines = log.read_text(errors="replace").splitlines(keepends=True)
+        evaluations = [line for line in lines if '"features"' in line and line.endswith("}\n")]
+        metrics = json.loads(evaluations[-1]) if evaluations else {}
+    grids = sorted((source / "samples").glob("*.png"))
+    if grids:
+        write_atomically(folder / "samples.png", functools.partial(shutil.copyfile, grids[-1]))
+
+    # What a person chooses makes the command; a metric is a row, with its interval if it has one.
+    chosen = ("data_path", "model", "vae", "image_size", "objective", "max_steps", "epochs",
+              "global_batch_size", "lr", "global_seed")
+    flags = [f" --{name.replace('_', '-')} {shlex.quote(str(settings[name]))}"
+             for name in chosen if settings.get(name) is not None]
+    rows = []
+    for name, value in metrics.items():
+        if not name.endswith(("_low", "_high")):
+            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            interval = "" if low is None else f"{low:.4g} to {high:.4g}"
+            rows.append(f"| {name} | {shown} | {interval} |")
+    stored = dict(model=model.config, metadata=model.metadata, settings=settings)
+    stored = json.dumps(stored, indent=1, ensure_ascii=False)
+    text = CARD.format(
+        name=folder.name, in_diffusers=in_diffusers, flags="".join(flags), rows="\n".join(rows),
+        grid="![Samples](samples.png)" if grids else "", data=model.metadata.get("data", "?"),
+        step=model.metadata.get("step", "?"), settings=stored)
+    write_atomically(folder / "README.md", lambda new: new.write_text(text, "utf-8"))
+
+
+def push(folder, repository):
+    """Upload a folder to the hub; a repository that is new is private until its owner opens it."""
+    from huggingface_hub import HfApi, get_token
+
+    try:
+        if not get_token():
+            raise PermissionError("you are not logged in, run `hf auth login`")
+        if not reach_hub():
+            raise ConnectionError("the hub does not answer, is there a network?")
+        url = HfApi().create_repo(repository, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=folder, allow_patterns=PIPELINE)
+    except Exception as error:  # whatever the hub's client and its HTTP library raise
+        raise InputError(f"{folder} is written, but not uploaded: {error}; "
+                         f"then `hf upload {repository} {folder}`") from error
+    print(f"uploaded to {url}")
 
 
 def download(name):
@@ -976,8 +1167,9 @@ class RankLocalError(InputError):
 
     def __init__(self, message):
         # A DataLoader's worker puts its traceback above the message, which alone is for the user.
-        worker_traceback = rf"(?s)^Caught .*\n([\w.]+\.)?{type(self).__name__}: "
-        super().__init__(re.sub(worker_traceback, "", str(message).strip()))
+        if message.startswith("Caught "):
+            message = message.rpartition(f"{type(self).__name__}: ")[2]
+        super().__init__(message.strip())
 
 
 def is_rank_0():
@@ -1036,6 +1228,8 @@ def reach_hub(seconds=5):
     from huggingface_hub import constants, get_session, logging
 
     logging.set_verbosity_error()  # else a line for each attempt: an error says it once
+    # Said by diffusers 0.42 about an argument that huggingface_hub no longer has.
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
     answers = []
 
     def ask():
@@ -1057,7 +1251,7 @@ def hub_error(what, error, instead):
     """The InputError for what cannot be had from the hub; instead: what else the user may do."""
     from huggingface_hub import constants
 
-    host = constants.ENDPOINT.split("://")[-1]
+    host = urlsplit(constants.ENDPOINT).hostname  # without a user's name and password
     reason = type(error).__name__ if reach_hub() else "offline"
     return InputError(f"cannot download {what} from {host} ({reason}): is there a network? Else "
                       f"{instead}")

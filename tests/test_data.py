@@ -431,6 +431,35 @@ def test_digits():
             load_data("digits", **options)
 
 
+@pytest.mark.parametrize(("kinds", "gray"), [
+    ("L L", True), ("1 LA I;16", True), ("L P", False), ("RGB L", False), ("L broken", True),
+    ("broken", False)])
+@pytest.mark.parametrize("saved", [False, True])
+def test_gray_is_told_by_the_headers(tmp_path, monkeypatch, kinds, gray, saved):
+    for i, kind in enumerate(kinds.split()):
+        path = tmp_path / "x" / f"{i}.png"
+        if kind == "broken":
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("no picture")
+        elif kind == "I;16":
+            save(Image.fromarray(np.zeros((8, 8), np.uint16)), path)
+        else:
+            save(halves().convert(kind), path)
+    path = tmp_path / "x"
+    if saved:
+        content = [dict(bytes=path.read_bytes(), path=None) for path in sorted(path.iterdir())]
+        rows = datasets.Dataset.from_dict(dict(image=content))
+        rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "table")
+        path = tmp_path / "table"
+    data = load_data(str(path), 8)
+    monkeypatch.setattr(Image.Image, "load", None)  # no pixel is decoded
+    assert data.all_gray() == gray
+
+
+def test_digits_are_gray():
+    assert load_data("digits").all_gray()
+
+
 # -------------------------------------------------------------------------------- metadata
 
 
@@ -588,11 +617,9 @@ def test_what_workers_get_can_be_sent_to_a_new_process(tmp_path, kind):
     tree(tmp_path, "a/0.png")
     table([0]).save_to_disk(tmp_path / "table")
     path = dict(digits="digits", folder=tmp_path / "a", table=tmp_path / "table")[kind]
-    source = evaluate._Turns(load_data(path, 8))
-    keys, context = [[0]], torch.multiprocessing.get_context("spawn")
-    loader = read_batches(source, keys, 1, evaluate._collate, multiprocessing_context=context)
-    assert kind == "digits" or next(loader)[0].shape == (1, 3, 8, 8)
-    assert pickle.loads(pickle.dumps(source))[0][0].equal(source[0][0])
+    data = load_data(path, 8)
+    arrived = pickle.loads(pickle.dumps(evaluate.WithTurns(data)))
+    assert arrived[0][0].equal(data[0][0]) and arrived[0][1:] == (data[0][1], False)
 
 
 # -------------------------------------------------------------------------------- saved data sets

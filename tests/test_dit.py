@@ -857,6 +857,205 @@ def test_weights_that_are_not_finite_are_refused(value, tiny, tmp_path, capsys):
     assert "blocks.1.mlp.fc1.bias" in capsys.readouterr().err
 
 
+# ----------------------------------------------------------------------- a whole pipeline, its card
+
+
+def tiny_vae(folder, **config):
+    """An AutoencoderKL of four latent channels, saved by diffusers."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    config = dict(block_out_channels=(8,), latent_channels=4, norm_num_groups=4,
+                  scaling_factor=0.7) | config
+    AutoencoderKL(**config).save_pretrained(folder)
+    return folder
+
+
+def latent_run(folder, vae, **changes):
+    """A run on the latents of a VAE: checkpoint, settings, metrics with intervals, two grids."""
+    model = fill(DiT(**TINY | dict(in_channels=4, num_classes=1000) | changes), 7)
+    metadata = dict(data="flowers", class_names=["rose", "süß"], vae=str(vae), step=20)
+    save_checkpoint(folder / "checkpoints" / "0000020" / "ema.safetensors", model, **metadata)
+    (folder / "samples").mkdir()
+    for step in (10, 20):
+        (folder / "samples" / f"{step:07}.png").write_bytes(b"grid %d" % step)
+    settings = dict(data_path="my flowers", model="DiT-Ti/2", max_steps=20, epochs=None, lr=1e-4)
+    dit.write_json(folder / "config.json", settings)
+    lines = [dict(step=10, features="inception", fid=9.0), dict(step=20, loss=1.0),
+             dict(step=20, features="inception", fid=8.25, fid_low=8.0, fid_high=8.5, samples=50)]
+    lines = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(lines + '{"step": 21, "features": "inc')
+    return folder
+
+
+def convert_by_command(*args):
+    dit.run_command(dit.main, dit.parse_args(["convert", *map(str, args)]))
+
+
+@torch.no_grad()
+def test_a_folder_is_a_whole_pipeline_that_draws_our_pictures(tmp_path, monkeypatch):
+    """By the code on its card, which sets the timestep's frequencies to the official ones."""
+    from gaussian_diffusion import create_diffusion
+    from sample_grid import load_vae
+
+    monkeypatch.chdir(tmp_path)
+    run = latent_run(tmp_path / "run", tiny_vae(tmp_path / "own-vae"))
+    dit.convert(run, "flowers")
+    card = Path("flowers", "README.md").read_text()
+    namespace = {}
+    exec(card.split("```python\n")[1].split("```")[0], namespace)
+    assert Path("sample.png").is_file()
+    pipe = namespace["pipe"]
+    assert pipe.labels == {"rose": 0, "süß": 1}
+
+    model = load_checkpoint("flowers")
+    assert equal(model, load_checkpoint(run))
+    vae = load_vae(model)
+    assert vae.name == str(tmp_path / "flowers" / "vae")
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    for steps, scale in [(20, 1.0), (50, 4.0)]:
+        kwargs = dict(y=torch.tensor([1, 207]), cfg_scale=scale)
+        latents = create_diffusion(f"ddim{steps}").ddim_sample_loop(
+            model.forward_with_cfg, noise, model_kwargs=kwargs)
+        ours = vae.decode(latents)
+        theirs = pipe([1, 207], guidance_scale=scale, num_inference_steps=steps,
+                      generator=torch.Generator().manual_seed(3), output_type="np").images
+        ours = ours.permute(0, 2, 3, 1).float().numpy()
+        assert ours.std() > 10
+        assert np.abs(ours - 255 * theirs).max() < 1
+
+
+def test_the_card_tells_of_the_run(tmp_path):
+    run = latent_run(tmp_path / "run", tiny_vae(tmp_path / "own-vae"))
+    convert_by_command(run, tmp_path / "flowers")
+    card = (tmp_path / "flowers" / "README.md").read_text()
+    assert card.startswith("---\nlicense: other") and card.count("FILL IN") == 3
+    assert "trained on\nflowers for 20 steps. ![Samples](samples.png)" in card
+    assert (tmp_path / "flowers" / "samples.png").read_bytes() == b"grid 20"
+    assert "train_accelerate.py --data-path 'my flowers' --model DiT-Ti/2 --max-steps 20 --" in card
+    assert "| fid | 8.25 | 8 to 8.5 |\n| samples | 50 |  |\n" in card and "9.0" not in card
+    assert '"lr": 0.0001' in card and '"depth": 2' in card and "downscale_freq_shift" in card
+    # Weights that are no run's have a card too.
+    dit.convert(run / "checkpoints" / "0000020" / "ema.safetensors", tmp_path / "b")
+    assert "20 steps" in (tmp_path / "b" / "README.md").read_text()
+    assert not (tmp_path / "b" / "samples.png").exists()
+
+
+@pytest.mark.parametrize(("metadata", "vae", "reason"), [
+    (dict(vae="none"), {}, "this model draws pixels"),
+    (dict(objective="flow"), {}, "its objective flow predicts image - noise"),
+    ({}, dict(shift_factor=0.1), "shifts them too"),
+    ({}, dict(latents_mean=[0.1] * 4, latents_std=[1.0] * 4), "shifts them too")], ids=str)
+def test_what_no_pipeline_draws_is_a_transformer_and_one_line(metadata, vae, reason, tmp_path,
+                                                             capsys):
+    """Its metadata travel all the same, unknown to diffusers, which does not mind."""
+    model = fill(DiT(**TINY | dict(in_channels=4)), 7)
+    metadata = dict(vae=str(tiny_vae(tmp_path / "vae", **vae)), class_names=["a"]) | metadata
+    save_checkpoint(tmp_path / "a.safetensors", model, **metadata)
+    convert_by_command(tmp_path / "a.safetensors", tmp_path / "a")
+    said = capsys.readouterr().out.splitlines()
+    assert len([line for line in said if reason in line]) == 1
+    assert sorted(os.listdir(tmp_path / "a")) == ["README.md", "transformer"]
+    assert reason in (tmp_path / "a" / "README.md").read_text()
+    again = load_checkpoint(tmp_path / "a")
+    assert equal(again, model) and again.metadata == metadata
+    diffusers_model(tmp_path / "a" / "transformer")
+    assert "_metadata" not in capsys.readouterr().err
+
+
+def test_a_vae_of_the_hub_is_copied_from_its_cache_or_named(tmp_path, hub, capsys):
+    run = latent_run(tmp_path / "run", "mse")
+    dit.convert(run, tmp_path / "a")
+    said = capsys.readouterr().err
+    assert "stabilityai/sd-vae-ft-mse is not on this machine" in said
+    assert len(said.splitlines()) == 1 and not (tmp_path / "a" / "vae").exists()
+    given = "vae=AutoencoderKL.from_pretrained('stabilityai/sd-vae-ft-mse')"
+    assert given in said and given in (tmp_path / "a" / "README.md").read_text()
+
+    cached = hub.parent / "models--stabilityai--sd-vae-ft-mse"
+    tiny_vae(cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    dit.convert(run, tmp_path / "b")
+    assert capsys.readouterr().err == ""
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        copied = tmp_path / "b" / "vae" / name
+        assert copied.read_bytes() == (cached / "snapshots" / "abc" / name).read_bytes()
+
+
+def test_a_folder_that_holds_a_part_is_left_alone(tiny, tmp_path):
+    save_checkpoint(tmp_path / "a.safetensors", tiny)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "README.md").write_text("mine")
+    with pytest.raises(InputError, match="README.md exists"):
+        dit.convert(tmp_path / "a.safetensors", tmp_path / "a")
+    assert os.listdir(tmp_path / "a") == ["README.md"]
+
+
+@pytest.mark.parametrize(("case", "said"), [
+    ("works", ""), ("no login", "not logged in, run `hf auth login`"),
+    ("no network", "is there a network"), ("refused", "403: not yours")])
+def test_push_uploads_the_folder(case, said, tiny, tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    calls = []
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "diary.txt").touch()  # what else lies there is nobody's business
+
+    class HfApi:
+        def create_repo(self, repository, **options):
+            if case == "refused":
+                raise RuntimeError("403: not yours")
+            calls.append((repository, options))
+            return f"https://huggingface.co/{repository}"
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            files = [str(file.relative_to(folder_path)) for file in Path(folder_path).rglob("*.*")]
+            uploaded = filter_repo_objects(sorted(files), allow_patterns=allow_patterns)
+            calls.append((repo_id, list(uploaded)))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", HfApi)
+    token = None if case == "no login" else "hf_x"
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    monkeypatch.setattr(dit, "reach_hub", lambda: case != "no network")
+    save_checkpoint(tmp_path / "a.safetensors", tiny)
+    push = tmp_path / "a.safetensors", tmp_path / "a", "--push", "me/flowers"
+    if case == "works":
+        convert_by_command(*push)
+        assert calls == [("me/flowers", dict(private=True, exist_ok=True)),
+                         ("me/flowers", ["README.md", "transformer/config.json",
+                                         f"transformer/{STEM}.safetensors"])]
+        assert "uploaded to https://huggingface.co/me/flowers" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            convert_by_command(*push)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert said in error and f"hf upload me/flowers {tmp_path / 'a'}" in error and not calls
+        assert equal(load_checkpoint(tmp_path / "a"), tiny)
+    for name in ("b.pt", "b.safetensors"):
+        with pytest.raises(SystemExit, match="2"):
+            convert_by_command(tmp_path / "a.safetensors", tmp_path / name, "--push", "me/flowers")
+        assert not (tmp_path / name).exists()
+
+
+def test_the_objective_is_said_where_a_file_cannot(tiny, tmp_path, capsys):
+    """As with SiT's own weights: DiT's names and shapes, a bare state dict."""
+    torch.save(tiny.state_dict(), tmp_path / "sit.pt")
+    convert_by_command(tmp_path / "sit.pt", tmp_path / "a.safetensors", "--objective", "sit")
+    model = load_checkpoint(tmp_path / "a.safetensors")
+    assert equal(model, tiny) and model.learn_sigma and model.metadata == dict(objective="sit")
+    dit.convert(tmp_path / "a.safetensors", tmp_path / "a")
+    dit.convert(tmp_path / "a", tmp_path / "b.safetensors", "sit")
+    assert load_checkpoint(tmp_path / "b.safetensors").metadata == dict(objective="sit")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        convert_by_command(tmp_path / "a", tmp_path / "c.safetensors", "--objective", "ddpm")
+    assert "a was trained with --objective sit, not ddpm" in capsys.readouterr().err
+    dit.convert(tmp_path / "a", tmp_path / "c.pt")
+    assert "c.pt does not say that its objective is sit" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------- house rules
 
 
@@ -893,11 +1092,16 @@ def test_our_own_stdout_is_written_through(piped, path, tmp_path):
     assert text == b"a\n1\nb\n"
 
 
-@pytest.mark.parametrize("reason", ["EINVAL", "ENOTSUP", "ENOSYS", "EPERM", "EACCES"])
-def test_file_systems_that_refuse_go_on_with_one_warning(reason, tmp_path, monkeypatch, capsys):
-    """fsync of a folder and chmod; a full disk or a broken one is another matter."""
+@pytest.mark.parametrize(("reason", "windows"), [
+    ("EINVAL", False), ("ENOTSUP", False), ("ENOSYS", False), ("EPERM", False), ("EACCES", True)])
+def test_file_systems_that_refuse_go_on_with_one_warning(reason, windows, tmp_path, monkeypatch,
+                                                        capsys):
+    """fsync of a folder and chmod; a full disk or a broken one is another matter.
+
+    Windows refuses to open a folder.
+    """
     dit.warn_once.cache_clear()
-    fsync, number = os.fsync, getattr(errno, reason)
+    fsync, os_open, number = os.fsync, os.open, getattr(errno, reason)
 
     def refuse(number):
         raise OSError(number, os.strerror(number))
@@ -905,7 +1109,12 @@ def test_file_systems_that_refuse_go_on_with_one_warning(reason, tmp_path, monke
     def sync(descriptor):
         return refuse(number) if stat.S_ISDIR(os.fstat(descriptor).st_mode) else fsync(descriptor)
 
+    def open_file(path, *args, **kwargs):
+        refused = windows and os.path.isdir(path)
+        return refuse(number) if refused else os_open(path, *args, **kwargs)
+
     monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "open", open_file)
     monkeypatch.setattr(os, "chmod", lambda *args: refuse(number))
     for _ in range(2):
         dit.write_json(tmp_path / "a.json", 1)

@@ -1,16 +1,19 @@
-"""Metrics against other implementations, networks against eager copies, the command line."""
+"""Feature networks against eager copies, sets and references, the command line."""
 
 import io
 import itertools
 import json
+import math
 import os
-import re
+import shutil
 import subprocess
 import sys
 import threading
 import urllib.error
 from pathlib import Path
 
+import datasets
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -21,17 +24,13 @@ import evaluate
 from dit import DiT, InputError, load_checkpoint, save_checkpoint
 from evaluate import (
     NpzImages,
-    Statistics,
-    compute_statistics,
-    density_coverage,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
+    find_nearest,
+    frechet_ratio,
     load_data,
     load_features,
     main,
+    memorization,
     parse_args,
-    precision_recall,
     reference_features,
     sample_labels,
 )
@@ -40,7 +39,6 @@ from sample_grid import Autoencoder, make_accelerator
 
 FOLDER = Path(__file__).parent / "data" / "metrics"
 CASES = np.load(FOLDER / "cases.npz")
-EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 RNG = np.random.default_rng(0)
 
 
@@ -48,189 +46,6 @@ RNG = np.random.default_rng(0)
 def own_cache(tmp_path, monkeypatch):
     """No test writes to the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-# ---------------------------------------------------------- metrics
-
-
-def softmax(logits):
-    p = np.exp(np.float64(logits) - logits.max(1, keepdims=True))
-    return p / p.sum(1, keepdims=True)
-
-
-def figure(case, name):
-    numbers = [int(n) for n in re.findall(r"=(\d+)", name)]
-    if name.startswith("is_adm"):
-        return inception_score(softmax(CASES[f"{case}/logits"]), *numbers)[0]
-    real = CASES[f"{case}/real"]
-    fake = real if case == "identical" else CASES[f"{case}/fake"]
-    if name == "fid":
-        return frechet_distance(*compute_statistics(real), *compute_statistics(fake))
-    if name.startswith("kid"):
-        return kernel_distance(real, fake, *numbers)[name.startswith("kid_std")]
-    if name.startswith("prdc"):
-        return density_coverage(real, fake, int(name[6]))["coverage" in name]
-    return precision_recall(real, fake, 3)[name.startswith("recall")]
-
-
-@pytest.mark.parametrize(("case", "name"), [
-    (case, name) for case, metrics in EXPECTED.items() for name in metrics])
-def test_metric_equals_other_implementations(case, name):
-    expected = EXPECTED[case][name]
-    assert abs(figure(case, name) - expected["value"]) <= expected["tol"]
-
-
-def brute_force(real, fake, k):
-    """Precision, recall, density and coverage by definition, in float64 from differences."""
-    real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
-
-    def distances(a, b):
-        return torch.stack([(row - b).square().sum(1) for row in a])
-
-    def radii(x):
-        return distances(x, x).fill_diagonal_(torch.inf).kthvalue(k, 1).values
-
-    d, real_radii, fake_radii = distances(real, fake), radii(real)[:, None], radii(fake)[None]
-    shares = [(d <= real_radii).any(0), (d <= fake_radii).any(1),
-              (d < real_radii).sum() / (k * len(fake)), (d < real_radii).any(1)]
-    return [float(share.double().mean()) for share in shares]
-
-
-def hard_sets():
-    g, f = RNG.normal(size=(130, 16)), RNG.normal(size=(101, 16)) * 0.8 + 0.2
-    outlier = g.copy()
-    outlier[3] *= 1e4
-    centres = RNG.normal(size=(10, 16))[RNG.integers(0, 10, 130)]
-    return dict(
-        plain=(g, f), offset=(g + 1e4, f + 1e4), tiny=(g * 1e-5, f * 1e-5), outlier=(outlier, f),
-        near_duplicates=(g, g[:101] + 1e-6 * f),
-        clusters=(centres + 1e-4 * g, centres[:101] + 1e-4 * f),
-        copies=(g, g[::-1][:90]), ties=(RNG.integers(0, 2, (130, 6)), RNG.integers(0, 3, (101, 6))),
-        constant=(np.ones((30, 4)), np.ones((20, 4))),
-        two_points=(np.repeat(g[:2], 20, 0), np.repeat(g[:4], 10, 0)),
-        rectified=(np.maximum(g, 0), np.maximum(f, 0)))
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("name", list(hard_sets()))
-def test_neighbourhoods_are_exact(name, dtype, monkeypatch):
-    monkeypatch.setattr(evaluate, "PAIRS", 48 * 101)  # several strips
-    real, fake = (x.astype(dtype) for x in hard_sets()[name])
-    for k in (1, 5):
-        found = [*precision_recall(real, fake, k), *density_coverage(real, fake, k)]
-        np.testing.assert_allclose(found, brute_force(real, fake, k), atol=1e-6)
-
-
-def test_precision_is_of_the_fake_and_recall_of_the_real():
-    wide, narrow = RNG.normal(size=(300, 4)), 0.1 * RNG.normal(size=(200, 4))
-    precision, recall = precision_recall(wide, narrow)
-    assert precision == 1 and recall < 0.2
-    assert precision_recall(narrow, wide) == (recall, precision)
-
-
-@pytest.mark.parametrize("case", [
-    "few", "few_both", "ill", "ill_rotated", "self", "self_few", "offset", "dead"])
-def test_fid_of_singular_covariances_equals_the_one_from_the_data(case):
-    scale, turn = 10.0 ** -np.linspace(0, 8, 48), np.linalg.qr(RNG.normal(size=(48, 48)))[0]
-    a, b = RNG.normal(size=(90, 48)), RNG.normal(size=(100, 48)) + 0.1
-    real, fake = dict(
-        few=(a[:20], b), few_both=(a[:20], b[:30]), ill=(a * scale, b * scale),
-        ill_rotated=(a * scale, b * scale @ turn), self=(a, a),
-        self_few=(a[:9], a[:9]), offset=(a + 1e6, b + 1e6),
-        dead=(a * (scale > 1e-3), b * (scale > 1e-2)),
-    )[case]
-    # |F^T G|_* for the covariances' exact factors, the centred data
-    x, y = ((s - s.mean(0)) / (len(s) - 1) ** 0.5 for s in (real, fake))
-    traces = (x**2).sum() + (y**2).sum()
-    nuclear = np.linalg.svd(x @ y.T, compute_uv=False).sum()
-    expected = ((real.mean(0) - fake.mean(0)) ** 2).sum() + traces - 2 * nuclear
-    found = frechet_distance(*compute_statistics(real), *compute_statistics(fake))
-    assert abs(found - expected) < 1e-10 * traces and found >= 0
-
-
-def test_statistics_in_batches_equal_numpys_at_a_large_offset():
-    rows = RNG.normal(size=(1001, 8)) + 1e7
-    statistics = Statistics()
-    for part in torch.from_numpy(rows).split(64):
-        statistics.add(part)
-    mean, covariance = statistics.result()
-    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-14)
-    np.testing.assert_allclose(covariance, np.cov(rows, rowvar=False), rtol=1e-6, atol=1e-8)
-
-
-def test_half_precision_integers_and_tensors_are_taken_as_they_are():
-    half = RNG.normal(size=(50, 8)).astype(np.float16)
-    wide = half.astype(np.float64)
-    np.testing.assert_array_equal(compute_statistics(half)[1], compute_statistics(wide)[1])
-    mean, covariance = compute_statistics(RNG.integers(0, 255, (50, 8), dtype=np.uint8))
-    assert isinstance(mean, np.ndarray) and covariance.dtype == np.float64 and mean.max() > 100
-    of_tensor = kernel_distance(torch.from_numpy(half), half, 3, 20)
-    assert of_tensor == kernel_distance(half.astype(np.float32), half, 3, 20)
-
-
-def test_inception_score_takes_exact_zeros_and_keeps_the_order():
-    ordered = np.repeat(np.eye(4), 10, 0)
-    assert inception_score(ordered) == (pytest.approx(4, rel=1e-12), 0)
-    assert inception_score(ordered, 10) == (1, 0)  # one class a chunk
-    with_a_short_chunk = inception_score(np.eye(4)[[0, 1, 0, 1, 2]], 4)
-    assert with_a_short_chunk == (pytest.approx(1.5), pytest.approx(0.5))
-
-
-def test_kid_takes_small_sets_whole_and_draws_the_fake_first():
-    real, fake = RNG.normal(size=(30, 6)), RNG.normal(size=(20, 6))
-    mean, _ = kernel_distance(real, fake, 1, 1000, seed=3)
-    x = fake[(draw := np.random.RandomState(3)).choice(20, 20, replace=False)]
-    y = real[draw.choice(30, 20, replace=False)]
-    xx, yy, xy = ((a @ b.T / 6 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    off = ~np.eye(20, dtype=bool)
-    assert mean == pytest.approx(xx[off].mean() + yy[off].mean() - 2 * xy.mean(), rel=1e-12)
-
-
-@pytest.mark.parametrize("call", [
-    lambda: precision_recall(np.ones((3, 4)), np.ones((9, 4))),
-    lambda: density_coverage(np.ones((9, 4)), np.ones((5, 4))),
-    lambda: precision_recall(np.ones((9, 4)), np.ones((9, 5))),
-    lambda: kernel_distance(np.ones((9, 4)), np.ones((1, 4))),
-    lambda: compute_statistics(np.ones((1, 4))),
-    lambda: compute_statistics(np.ones(4)),
-    lambda: frechet_distance(np.ones(3), np.eye(3), np.ones(4), np.eye(4)),
-])
-def test_sets_that_do_not_fit_are_named(call):
-    with pytest.raises(InputError, match=r"\d"):
-        call()
-
-
-# ---------------------------------------------------------- uncertainty
-
-
-def spread(draw, value, error):
-    """The standard deviation of a metric over 200 draws, and the mean of its standard errors."""
-    sets = [torch.from_numpy(draw()) for _ in range(200)]
-    return np.std([value(x) for x in sets]), np.mean([error(x) for x in sets])
-
-
-def test_errors_equal_the_spread_over_repeated_draws():
-    rng = np.random.default_rng(5)
-    real = torch.from_numpy(rng.normal(size=(500, 5)) + 0.4)
-    stats = [torch.from_numpy(x) for x in compute_statistics(real)]
-    rows = lambda: rng.normal(size=(200, 5)) * [1, 0.5, 1, 2, 1]
-    own = lambda x: [torch.from_numpy(s) for s in compute_statistics(x)]
-    std, error = spread(rows, lambda x: frechet_distance(*stats, *own(x)),
-                        lambda x: evaluate.frechet_error(x, *stats, *own(x)))
-    assert error == pytest.approx(std, rel=0.2)
-    std, error = spread(rows, lambda x: kernel_distance(real, x, 5, 200)[0],
-                        lambda x: evaluate.kernel_error(
-                            real, x, kernel_distance(real, x, 5, 200)[1], 5))
-    assert error == pytest.approx(std, rel=0.3)
-    probs = lambda: softmax(rng.normal(size=(200, 6)) * 3)
-    std, error = spread(probs, lambda x: inception_score(x, 120)[0],
-                        lambda x: evaluate.inception_error(x, 120))
-    assert error == pytest.approx(std, rel=0.2)
-
-
-def test_wilson_interval():
-    assert evaluate.wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert evaluate.wilson_interval(0.0, 10)[1] == pytest.approx(0.2775, abs=1e-4)
 
 
 # ---------------------------------------------------------- features
@@ -735,13 +550,24 @@ def test_the_default_reference_is_what_the_model_was_trained_on(
             cli(*flags)
 
 
-def test_a_reference_of_several_sizes_is_not_written(tmp_path):
+@pytest.mark.parametrize("size", [(10, 8), (4, 16)])
+def test_a_reference_of_several_sizes_is_refused_before_it_is_read(tmp_path, size, monkeypatch):
     write_images(tmp_path / "ref", 9)
-    Image.new("RGB", (10, 8)).save(tmp_path / "ref" / "wide.png")
-    with pytest.raises(InputError, match="10 x 8.*--image-size"):
-        cli("--ref", tmp_path / "ref", "--features", "efficientnet-lite0", "--save-ref",
+    Image.new("RGB", size).save(tmp_path / "ref" / "wide.png")
+    args = ("--ref", tmp_path / "ref", "--features", "efficientnet-lite0", "--save-ref",
             tmp_path / "ref.npz")
-    assert not (tmp_path / "ref.npz").exists()
+    read, images = [], evaluate.ImageData.read
+    monkeypatch.setattr(evaluate.ImageData, "read",
+                        lambda *args: read.append(args) or images(*args))
+    with pytest.raises(InputError, match=f"{size[0]} x {size[1]}.*--image-size"):
+        cli(*args)
+    assert not (tmp_path / "ref.npz").exists() and not read
+    monkeypatch.setattr(evaluate.ImageData, "check_one_size", lambda data: None)
+    with pytest.raises(InputError, match=f"{size[0]} x {size[1]}.*--image-size"):
+        cli(*args)  # found while it is read
+    assert not (tmp_path / "ref.npz").exists() and read
+    cli(*args, "--image-size", 8)
+    assert np.load(tmp_path / "ref.npz")["arr_0"].shape == (10, 8, 8, 3)
 
 
 @pytest.mark.parametrize(("flags", "word"), [
@@ -765,7 +591,7 @@ def test_flags_that_would_do_nothing_are_refused(flags, word, checkpoint, forty,
         cli(*(names.get(flag, flag) for flag in flags.split()))
 
 
-def test_features_that_are_not_finite_name_their_image(standin, forty):
+def test_features_that_are_not_finite_name_their_image(standin, forty, tmp_path):
     network, calls = load_features(standin, "cpu"), []
 
     class Broken:
@@ -778,8 +604,46 @@ def test_features_that_are_not_finite_name_their_image(standin, forty):
                 features[3, 5] = torch.nan
             return features, probs, None
 
-    with pytest.raises(InputError, match="image 11 of .*not finite"):
-        reference_features(evaluate.load_folder(forty), Broken(), make_accelerator(), batch_size=8)
+    one = make_accelerator()
+    with pytest.raises(InputError, match=r"image .*/11\.png are not finite"):
+        reference_features(evaluate.load_folder(forty), Broken(), one, batch_size=8)
+    np.savez(tmp_path / "a.npz", np.zeros((40, 8, 8, 3), np.uint8))
+    calls.clear()
+    with pytest.raises(InputError, match=r"image 11 of a\.npz are not finite"):
+        reference_features(NpzImages(tmp_path / "a.npz"), Broken(), one, batch_size=8)
+
+
+@pytest.mark.parametrize(("sigma", "words"), [
+    (np.triu(np.ones((24, 24))), "not symmetric"), (-np.eye(24), "negative")])
+def test_a_matrix_that_is_no_covariance_is_named(standin, forty, tmp_path, sigma, words):
+    path = statistics_file(tmp_path / "ref.npz", sigma=sigma)
+    with pytest.raises(InputError, match=f"sigma of .*ref.npz is no covariance.*{words}"):
+        cli("--samples", forty, "--ref", path, "--features", standin)
+
+
+def test_a_file_of_another_kind_is_a_data_set(standin, forty, tmp_path):
+    content = [dict(bytes=path.read_bytes(), path=None) for path in sorted(Path(forty).iterdir())]
+    rows = datasets.Dataset.from_dict(dict(image=content)).cast_column("image", datasets.Image())
+    rows.to_parquet(tmp_path / "ref.parquet")
+    result = cli("--samples", forty, "--ref", tmp_path / "ref.parquet", "--image-size", 8,
+                 "--features", standin, "--metrics", "fid", out=tmp_path / "a.json")
+    assert result["num_reference"] == 40 and result["fid"] == pytest.approx(0, abs=1e-6)
+
+
+def test_images_that_the_model_left_out_are_left_out(checkpoint, standin, tmp_path):
+    write_images(tmp_path / "data", 9)
+    (tmp_path / "data" / "004.png").write_text("no picture")
+    model = load_checkpoint(checkpoint)
+    for name, left_out in (("whole", []), ("partly", [4])):
+        save_checkpoint(tmp_path / f"{name}.safetensors", model, vae="none", left_out=left_out,
+                        sampling=dict(num_sampling_steps=2), data_path=f"{tmp_path}/data")
+    few = ("--features", standin, "--num-fid-samples", 4, "--metrics", "fid")
+    for spelled in ((), ("--ref", f"{tmp_path}/./data/")):
+        result = cli("--ckpt", tmp_path / "partly.safetensors", *few, *spelled,
+                     out=tmp_path / "a.json")
+        assert result["num_reference"] == 8
+        with pytest.raises(InputError, match=r"cannot read image .*004\.png"):
+            cli("--ckpt", tmp_path / "whole.safetensors", *few, *spelled)
 
 
 def test_metrics_may_go_to_what_is_no_file(forty, tmp_path):
@@ -788,6 +652,284 @@ def test_metrics_may_go_to_what_is_no_file(forty, tmp_path):
     evaluate.check_args(parse_args([*flags, str(tmp_path / "pipe")]))
     with pytest.raises(InputError, match="--json"):
         evaluate.check_args(parse_args([*flags, str(tmp_path)]))
+
+
+# ---------------------------------------------------------- against held-out real images
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The pixels of the digits as features (1797, 64), in a random order, and their labels."""
+    data = load_data("digits")
+    order = np.random.default_rng(0).permutation(len(data))
+    rows = torch.stack([data[int(i)][0][0].flatten().float() for i in order])
+    return rows, torch.from_numpy(data.labels[order])
+
+
+def test_the_nearest_row_is_exact():
+    for name in ("plain", "ties", "copies", "offset"):
+        real = torch.from_numpy(RNG.normal(size=(150, 7)))
+        fake = torch.from_numpy(RNG.normal(size=(60, 7)))
+        if name == "ties":
+            real, fake = real.round(), fake.round()
+        if name == "copies":
+            fake[:20] = real[50:70]
+        if name == "offset":
+            real, fake = real + 1e6, fake + 1e6
+        number, nearness = find_nearest(real, fake)
+        distances = (fake[:, None] - real).square().sum(2)
+        own = (real[:, None] - real).square().sum(2).fill_diagonal_(torch.inf).min(1).values
+        least = distances.min(1).values
+        assert torch.equal(distances[range(60), number], least)
+        expected = torch.where(least == 0, 0, least / own[number])
+        torch.testing.assert_close(nearness, expected, rtol=1e-12, atol=0)
+
+
+def test_planted_copies_are_found_and_fresh_digits_are_not_accused(digits):
+    rows, _ = digits
+    train, fresh, yardstick = rows.split([1000, 400, 397])
+    planted = torch.cat([fresh[:190], train[::100], fresh[190:]])
+    _, nearness = find_nearest(train, planted)
+    assert sorted(nearness.topk(10, largest=False).indices.tolist()) == list(range(190, 200))
+    assert (nearness == 0).sum() == 10
+    low, high = evaluate.wilson_interval(memorization(train, yardstick), len(yardstick))
+    assert low < memorization(train, fresh) < high
+    half = torch.cat([fresh[:200], train[:200]])
+    assert memorization(train, half) > high + 0.1
+
+
+def test_a_copy_of_an_image_that_stands_twice_counts():
+    real = torch.tensor([[0.0], [0.0], [5.0], [9.0]])
+    assert memorization(real, torch.tensor([[0.0], [5.0], [0.1], [6.0]])) == 0.75
+
+
+def test_real_against_real_has_a_ratio_of_one(digits):
+    rows, _ = digits
+    train, fresh, held = rows.double().split([997, 400, 400])
+    pool = evaluate.sum_rows(train).result()
+    spread = math.exp(1.96 * evaluate.frechet_ratio_error(*pool, fresh, held))
+    assert 1 / spread < frechet_ratio(*pool, fresh, held) < spread < 1.5
+    assert frechet_ratio(*pool, fresh + 30, held) > spread
+    # Equal counts: fewer rows are farther by their number alone.
+    assert 1 / spread < frechet_ratio(*pool, torch.cat([fresh, held]), held[:200]) < spread * 1.2
+
+
+def test_the_error_of_the_ratio_equals_its_spread():
+    rng, logs, errors = np.random.default_rng(3), [], []
+    pool = torch.zeros(3).double(), torch.eye(3).double()
+    draw = lambda shift: torch.from_numpy(rng.normal(size=(300, 3)) + shift)
+    for _ in range(150):
+        fake, held = draw(0.5), draw(0.3)
+        logs.append(math.log(frechet_ratio(*pool, fake, held)))
+        errors.append(evaluate.frechet_ratio_error(*pool, fake, held))
+    assert np.mean(errors) == pytest.approx(np.std(logs), rel=0.2)
+
+
+def class_folders(folder, seed=0, each=20):
+    """Pictures of two classes that differ in brightness."""
+    rng = np.random.default_rng(seed)
+    for name, mean in (("dark", 60), ("light", 180)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(each):
+            pixels = rng.integers(mean - 50, mean + 50, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:02d}.png")
+    return folder
+
+
+def test_held_out_images_are_the_yardstick(standin, tmp_path, capsys):
+    class_folders(tmp_path / "ref", each=60)
+    class_folders(tmp_path / "fake", seed=1)
+    shutil.copy(tmp_path / "ref" / "dark" / "07.png", tmp_path / "fake" / "dark" / "07.png")
+    args = ("--samples", tmp_path / "fake", "--ref", tmp_path / "ref", "--features", standin,
+            "--resize", "clean")
+    result = cli(*args, "--val-split", 0.4, "--neighbours", tmp_path / "near.png",
+                 out=tmp_path / "a.json")
+    assert result["num_reference"] + result["num_held_out"] == 120
+    assert 30 < result["num_held_out"] < 66
+    assert result["fdr_low"] < result["fdr"] < result["fdr_high"]
+    for name in ("class_agreement", "memorization", "memorization_real"):
+        assert 0 <= result[f"{name}_low"] <= result[name] <= result[f"{name}_high"] <= 1
+    assert result["class_agreement"] > 0.9
+    said = capsys.readouterr().out
+    titles = ["FID", "fdr", "class agreement", "memorisation", "precision", "recall", "coverage"]
+    places = [said.index(f"{title} ") for title in titles]
+    assert places == sorted(places) and "1 means near as real" in said
+
+    # The planted copy comes first, above its original.
+    picture = np.asarray(Image.open(tmp_path / "near.png"))
+    data = load_data(str(tmp_path / "fake"))
+    copy = data[7][0].permute(1, 2, 0).numpy().repeat(8, 0).repeat(8, 1)
+    found = [y for y in range(picture.shape[0] - 64) if (picture[y : y + 64, 2:66] == copy).all()]
+    assert len(found) == (2 if "07" in held_in(tmp_path / "ref", 0.4) else 1)
+
+    # By default nothing is held out, and what needs it is left out.
+    result = cli(*args, out=tmp_path / "b.json")
+    assert "fdr" not in result and result["num_reference"] == 120 and "memorization" in result
+    assert "fdr" not in capsys.readouterr().err
+    with pytest.raises(InputError, match="--val-split 2"):
+        cli(*args, "--val-split", 2)
+    with pytest.raises(InputError, match="cannot compute fdr .it needs held-out real images"):
+        cli(*args, "--metrics", "fdr")
+    with pytest.raises(InputError, match="mem"):
+        cli(*args, "--metrics", "fid", "--neighbours", tmp_path / "near.png")
+
+
+def held_in(folder, share):
+    rest, _ = load_data(str(folder)).hold_out(share)
+    return {Path(rest.images[int(row)]["path"]).stem for row in rest.rows if row < 60}
+
+
+def test_what_is_held_out_depends_on_the_image_alone(tmp_path):
+    data = load_data(str(class_folders(tmp_path / "ref", each=60)))
+    rest, held = data.hold_out(0.3)
+    assert len(rest) + len(held) == 120 and not set(rest.rows) & set(held.rows)
+    fewer, held_then = data.without([0, 5, 9]).hold_out(0.3)
+    assert set(held_then.rows) == set(held.rows) - {0, 5, 9} and set(fewer.rows) < set(rest.rows)
+
+
+def test_another_split_is_held_out_by_name(standin, tmp_path):
+    for split, seed in (("train", 0), ("val", 1)):
+        class_folders(tmp_path / "ref" / split, seed)
+    args = ("--samples", class_folders(tmp_path / "fake", 2), "--ref", tmp_path / "ref",
+            "--features", standin, "--metrics", "fdr,mem")
+    result = cli(*args, "--val-split", "validation", out=tmp_path / "a.json")
+    assert result["num_held_out"] == 40 and {"fdr", "memorization_real"} <= result.keys()
+    with pytest.raises(InputError, match="itself"):
+        cli(*args, "--val-split", "train")
+
+
+def test_classes_of_other_names_are_not_compared(standin, tmp_path, capsys):
+    class_folders(tmp_path / "ref")
+    class_folders(tmp_path / "fake", 1)
+    (tmp_path / "fake" / "dark").rename(tmp_path / "fake" / "pale")
+    args = ("--samples", tmp_path / "fake", "--ref", tmp_path / "ref", "--features", standin)
+    assert "class_agreement" not in cli(*args, out=tmp_path / "a.json")
+    assert "agree (the reference ref has not the samples' classes)" in capsys.readouterr().err
+
+
+def test_imagenets_classes_are_read_by_the_network_itself():
+    """Where the labels are ImageNet's thousand, the classifier's own reading counts."""
+    network = load_features("efficientnet-lite0", "cpu")
+    rows = torch.from_numpy(RNG.normal(size=(40, 12)))
+    common = dict(network=network.name, rows=rows, classes=(1000, None))
+    labels = torch.arange(40) % 7
+    real = evaluate.Features("real", 40, labels=(labels + 1) % 7, **common)
+    fake = evaluate.Features("fake", 40, labels=labels, read=labels.clone(), **common)
+    fake.read[:10] = 999
+    assert evaluate.compare(real, fake, network, ("agree",))["class_agreement"] == 0.75
+    fake.classes = real.classes = (7, None)
+    assert evaluate.compare(real, fake, network, ("agree",))["class_agreement"] == 0
+
+
+# ---------------------------------------------------------- sweeps and plots
+
+
+def test_each_row_of_a_sweep_equals_the_single_run(
+        checkpoint, standin, forty, tmp_path, monkeypatch):
+    args = ("--ckpt", checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", 8,
+            "--metrics", "fid,is,pr")
+    seen, features = [], evaluate.reference_features
+    monkeypatch.setattr(evaluate, "reference_features",
+                        lambda *args, **kwargs: seen.append(1) or features(*args, **kwargs))
+    rows = cli(*args, "--sweep", "cfg_scale=1,2.5", "--plot", tmp_path / "plot.png",
+               "--save-images", tmp_path / "png", out=tmp_path / "a.json")
+    assert len(seen) == 1 and [row["cfg_scale"] for row in rows] == [1, 2.5]
+    assert Image.open(tmp_path / "plot.png").size[0] > 800
+    for scale, row in zip((1, 2.5), rows, strict=True):
+        alone = cli(*args, "--cfg-scale", scale, out=tmp_path / "b.json")
+        assert alone == {name: value for name, value in row.items() if name != "sweep"}
+    assert len(list((tmp_path / "png" / "cfg_scale=2.5").glob("*.png"))) == 8
+
+    # Killed and started again, it draws no sample twice.
+    monkeypatch.setattr(evaluate, "sample_images", None)
+    again = cli(*args, "--sweep", "cfg_scale=1,2.5", "--save-images", tmp_path / "png",
+                out=tmp_path / "c.json")
+    assert again == rows
+    for flags, words in ((("--sweep", "cfg_scale=1,x"), "cfg_scale=1,x"),
+                         (("--sweep", "colour=1"), "colour=1"),
+                         (("--sweep", "cfg_scale=1", "--cfg-scale", 2), "--cfg-scale"),
+                         (("--sweep", "cfg_scale=1", "--save-npz", tmp_path / "x.npz"), "--sweep"),
+                         (("--sweep", "num_sampling_steps=0"), "--num-sampling-steps 0")):
+        with pytest.raises(InputError, match=words):
+            cli(*args, *flags)
+
+
+def test_a_sweep_of_intervals_and_samplers(checkpoint, standin, forty, tmp_path, capsys):
+    args = ("--ckpt", checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", 4,
+            "--metrics", "fid", "--plot", tmp_path / "plot.png")
+    rows = cli(*args, "--cfg-scale", 2, "--sweep", "guidance_interval=0.1:5,0:200",
+               out=tmp_path / "a.json")
+    assert [row["guidance_interval"] for row in rows] == [[0.1, 5], [0, 200]]
+    rows = cli(*args, "--sweep", "sampler=ddim,dpm++", out=tmp_path / "b.json")
+    assert [row["sampler"] for row in rows] == ["ddim", "dpm++"]
+    assert "sampler ddim" in capsys.readouterr().out
+
+
+def test_a_runs_curves(tmp_path, capsys):
+    lines = [dict(step=i, loss=1 / i, images_per_second=9.0) for i in range(1, 40)]
+    lines += [dict(step=20, fd=3.0, fd_low=2.5, fd_high=3.5, recall=0.5, num_samples=9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cli("--plot-run", tmp_path)
+    assert Image.open(tmp_path / "curves.png").size[0] > 800 and "wrote" in capsys.readouterr().out
+    cli("--plot-run", tmp_path, "--plot", tmp_path / "other.png")
+    assert (tmp_path / "other.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
+    with pytest.raises(InputError, match="--json does nothing"):
+        cli("--plot-run", tmp_path, out=tmp_path / "a.json")
+    for text in ("", "{", '{"loss": 1}', '{"step": 1}'):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        with pytest.raises(InputError, match="metrics.jsonl"):
+            cli("--plot-run", tmp_path)
+
+
+# ---------------------------------------------------------- autoencoders
+
+
+def test_psnr_and_ssim_are_scikit_images():
+    """The expected values are scikit-image 0.26's, with the settings that the docstrings name."""
+    rng = np.random.default_rng(7)
+    x = rng.integers(0, 256, (2, 3, 24, 30), dtype=np.uint8)
+    noise = np.round(rng.normal(size=x.shape) * [[[[20]]], [[[60]]]])
+    y = (x + noise).clip(0, 255).astype(np.uint8)
+    pair = torch.from_numpy(x), torch.from_numpy(y)
+    psnr, ssim = evaluate.peak_signal_to_noise(*pair), evaluate.structural_similarity(*pair)
+    assert psnr.tolist() == pytest.approx([22.40796214596187, 13.826844114178718], abs=1e-9)
+    assert ssim.tolist() == pytest.approx([0.9644712850337404, 0.777771541452383], abs=1e-9)
+    same = evaluate.structural_similarity(pair[0], pair[0])
+    assert same.tolist() == pytest.approx([1, 1], abs=1e-12)
+    assert evaluate.peak_signal_to_noise(pair[0], pair[0]).tolist() == [math.inf] * 2
+
+
+def small_vae():
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, sample_size=16)
+
+
+def test_an_autoencoder_is_scored(standin, tmp_path, capsys):
+    class_folders(tmp_path / "data", each=5)
+    args = ("--reconstruct", tmp_path / "data", "--features", standin, "--image-size", 16,
+            "--per-proc-batch-size", 4)
+    same = cli(*args, "--vae", "none", out=tmp_path / "a.json")
+    assert same["psnr"] == math.inf and same["ssim"] == pytest.approx(1, abs=1e-12)
+    assert same["num_samples"] == 10
+    small_vae().save_pretrained(tmp_path / "vae")
+    result = cli(*args, "--vae", tmp_path / "vae", "--plot", tmp_path / "grid.png",
+                 out=tmp_path / "b.json")
+    assert 0 <= same["rfid"] < 1e-4 * result["rfid"]  # this network's features are tiny numbers
+    assert result["psnr"] < 30 and result["ssim"] < 0.9
+    assert "rFID" in capsys.readouterr().out
+
+    # By hand: the crops, the means of the latents, all images at once.
+    data, vae = load_data(str(tmp_path / "data"), 16), Autoencoder.load(tmp_path / "vae")
+    images = torch.stack([image for image, _ in data])
+    mean = vae.encode(images).chunk(2, dim=1)[0]
+    made = vae.decode(mean * vae.scale)
+    error = (made.double() - images).square().mean((1, 2, 3))
+    assert result["psnr"] == pytest.approx(float((10 * (255**2 / error).log10()).mean()), abs=1e-3)
+    picture = Image.open(tmp_path / "grid.png")
+    assert picture.size[0] > 4 * 64 and picture.size[1] >= 3 * 64
+    with pytest.raises(InputError, match="--ref does nothing"):
+        cli(*args, "--ref", tmp_path / "data")
 
 
 # ---------------------------------------------------------- references are read once

@@ -616,11 +616,15 @@ def test_the_sde_has_the_marginals_of_the_paths():
 
 
 def test_the_sde_ends_without_noise():
-    """Its last step is Euler's along the drift, 0.04 long; with one step it is the only one."""
+    """Its last step is Euler's along the drift, 0.04 long; noise is drawn in the others alone."""
     x, velocity = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
-    no_noise = lambda i, x: pytest.fail("drew noise")
-    got = FlowMatching(1).sde_sample_loop(lambda x, time: velocity, x, step_noise=no_noise)
-    torch.testing.assert_close(got, x + 0.04 * (1.96 * velocity - x))
+    drawn, after = [], []
+    got = FlowMatching(2).sde_sample_loop(
+        lambda x, time: velocity, x, step_noise=lambda i, x: drawn.append(i) or torch.ones(1),
+        on_step=lambda i, x, pred_x0: after.append(x))
+    torch.testing.assert_close(after[0], x + 0.96 * (velocity - x) + math.sqrt(2 * 0.96))
+    torch.testing.assert_close(got, after[0] + 0.04 * (1.96 * velocity - after[0]))
+    assert drawn == [1]
     first, second = (FlowMatching(20).sde_sample_loop(lambda x, time: 0 * x, x) for _ in "12")
     assert not torch.equal(first, second)  # fresh noise, unless it is given
 
@@ -630,6 +634,7 @@ def test_the_sde_ends_without_noise():
 @pytest.mark.parametrize("sampler", FLOW_LOOPS)
 def test_flow_noise_levels_are_those_of_the_calls(sampler, steps, network_time):
     """`sample` is the loop of that name; noise_levels has those that the network sees."""
+    steps = max(steps, 2) if sampler == "sde" else steps
     flow, times = FlowMatching(steps, network_time), []
 
     def model(x, time, scale):
@@ -725,6 +730,8 @@ def test_what_flow_cannot_do_is_refused():
     for use in (FlowMatching(1).noise_levels, lambda name: FlowMatching(1).sample(name, None, x)):
         with pytest.raises(ValueError, match="flow has no sampler 'ddim': use one of euler, heun"):
             use("ddim")
+    with pytest.raises(ValueError, match="sde needs 2 or more steps"):
+        FlowMatching(1).sde_sample_loop(lambda x, time: x, x)
 
 
 # ------------------------------------------------------------------------- one constructor for both

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -17,11 +18,12 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dit
 import train_accelerate
@@ -124,7 +126,7 @@ def assert_same(run, other):
 def quick_evaluation(monkeypatch):
     """An evaluation that takes no time; its distance falls and rises: the best is at the middle."""
     class Network:
-        distance = "FD"
+        name, distance, spatial = "none", "FD", False
 
     def figures(ema, *args, seed, **sampling):
         assert not ema.training
@@ -199,12 +201,33 @@ def test_more_steps_later_are_as_if_asked_for_at_once(tmp_path, whole_run):
     assert all(torch.equal(tensors[name], whole[name]) for name in whole)
 
 
-def test_two_processes_are_one_with_two_accumulation_steps(tmp_path):
-    one = train(tmp_path / "one", "--gradient-accumulation-steps", 2, "--log-every", 1)
-    assert wait(*fork_two(lambda: train(tmp_path / "two", "--log-every", 1))) == [0, 0]
+LOSSES = dict(ddpm={"loss", "mse", "vb"}, flow={"loss", "mse"}, sit={"loss", "mse"})
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "flow"])
+def test_two_processes_are_one_with_two_accumulation_steps(tmp_path, objective):
+    flags = ["--objective", objective, "--log-every", 1]
+    one = train(tmp_path / "one", "--gradient-accumulation-steps", 2, *flags)
+    assert wait(*fork_two(lambda: train(tmp_path / "two", *flags))) == [0, 0]
     for a, b in zip(lines(one), lines(tmp_path / "two" / "run"), strict=True):
-        for name in ("loss", "mse", "vb", "grad_norm", "latent_std"):
+        assert a.keys() & LOSSES["ddpm"] == LOSSES[objective]
+        for name in (*LOSSES[objective], "grad_norm", "latent_std"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
+
+
+def test_flow_resumes_exactly_and_its_weights_say_so(tmp_path):
+    flags = ["--objective", "flow", "--sample-every", 3, "--ckpt-every", 3]
+    whole = train(tmp_path / "whole", *flags)
+    train(tmp_path / "parts", *flags, "--max-steps", 3)
+    for words, others in {
+        "objective was 'flow', now 'sit'": ["--objective", "sit"],
+        "time_sampling was 'logit-normal', now 'uniform'": ["--time-sampling", "uniform"],
+    }.items():
+        with pytest.raises(InputError, match=words):
+            train(tmp_path / "parts", *flags, *others, "--allow-changes")
+    assert_same(train(tmp_path / "parts", *flags), whole)
+    ema = load_checkpoint(whole)
+    assert ema.metadata["objective"] == "flow" and ema.out_channels == ema.in_channels == 1
 
 
 def test_two_processes_resume_exactly(tmp_path):
@@ -374,7 +397,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
     assert wait(*pids) == [143, 143]
 
 
-def wait_for(path, seconds=60):
+def wait_for(path, seconds=300):
     end = time.time() + seconds
     while not path.exists():
         assert time.time() < end, f"no {path}"
@@ -494,6 +517,9 @@ def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path, mon
     (["--model", "DiT-Q/2"], "DiT-Q/2"),
     (["--init", "nowhere"], "nowhere"),
     (["--tracker", "wandb"], "pip install wandb"),
+    (["--time-sampling", "uniform"], "--time-sampling uniform is for --objective flow and sit"),
+    (["--objective", "flow", "--sampler", "ddim"], "flow has no sampler 'ddim'"),
+    (["--sampler", "heun"], "ddpm has no sampler 'heun'"),
     (["--mixed-precision", "fp16"], "fp16"),
     (["--features", "nothing", "--eval-every", 1], "nothing"),
     (["--data-path", "nowhere"], "nowhere"),
@@ -503,6 +529,68 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, 
     with pytest.raises(InputError, match=words):
         train(tmp_path, *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+def filled(*flags):
+    """The settings of these flags, before the data are known."""
+    args = parse_args([str(flag) for flag in flags])
+    train_accelerate.fill_preset(args)
+    return args
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ([], dict(model="DiT-Ti/2", image_size=8, vae="none", lr=4e-3, ema_decay=0.995)),
+    (["--data-path", "x"], dict(model="DiT-XL/2", image_size=256, vae="ema", lr=1e-4, epochs=1400)),
+    (["--data-path", "x", "--model", "DiT-Ti/2"],
+     dict(image_size=256, vae="ema", lr=4e-3, max_steps=1000, epochs=None, grad_clip=1.0)),
+    (["--model", "DiT-S/8"], dict(image_size=8, vae="none", lr=1e-4, global_batch_size=256)),
+    (["--objective", "flow"], dict(time_sampling="logit-normal")),
+    (["--max-steps", 5, "--model", "DiT-B/2"], dict(epochs=None, max_steps=5)),
+])
+def test_the_recipe_follows_the_network_and_sizes_the_data(flags, expected):
+    args = vars(filled(*flags))
+    assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("flags", "logs", "draws", "scores", "samples", "reference"), [
+    # As many evaluations of the network as the training: 3 an image, 40 or 20 a guided sample.
+    (["--max-steps", 40], 2, 4, 40, 3 * 128 * 40 // 40, 1797),
+    (["--max-steps", 1000], 50, 100, 1000, 500, 1797),
+    (["--max-steps", 40, "--cfg-scale", 1], 2, 4, 40, 500, 1797),
+    (["--max-steps", 40, "--eval-samples", 900], 2, 4, 40, 900, 1797),
+    (["--max-steps", 4, "--global-batch-size", 16], 1, 1, 4, 4, 40),
+    (["--max-steps", 1, "--global-batch-size", 16], 1, 1, 0, 0, 1797),
+    (["--max-steps", 90_000, "--model", "DiT-S/8"], 100, 9000, 50_000, 1797, 1797),
+])
+def test_intervals_and_scores_follow_the_length_of_the_run(
+    flags, logs, draws, scores, samples, reference, quick_evaluation,
+):
+    from sample_grid import Autoencoder
+
+    reset_accelerate()
+    args = filled("--results-dir", "nowhere", *flags)
+    accelerator = train_accelerate.start_accelerator(args)
+    data = train_accelerate.load_data("digits")
+    vae = Autoencoder.load("none", channels=1)
+    train_accelerate.fit_to_data(args, data, vae, Path("nowhere"), accelerator)
+    ema = train_accelerate.build_network(args, vae, None)
+    ema.metadata = train_accelerate.describe(
+        args, data, vae, train_accelerate.create_process(args.objective))
+    log = train_accelerate.Log(Path("nowhere"), accelerator)
+    previews = train_accelerate.Previews(args, ema, vae, data, log, accelerator)
+    assert (args.log_every, args.sample_every, args.ckpt_every) == (logs, draws, draws)
+    assert (args.eval_every, args.eval_samples) == (scores, samples)
+    assert len(previews.compared) == reference
+
+
+def test_the_paper_keeps_its_intervals():
+    args = filled("--data-path", "x")
+    assert train_accelerate.count_steps(args, 1_281_167) == 7_006_383
+    for row in train_accelerate.ROWS:
+        value = row.recipes["paper"]
+        if isinstance(value, train_accelerate.PerRun):
+            assert value.most == {"log_every": 100}.get(row.dest, 50_000)
+            assert 7_006_383 / value.times > value.most
 
 
 def test_settings_are_parsed_from_presets_and_flags():
@@ -599,6 +687,67 @@ def test_init_takes_the_weights_and_makes_a_new_label_table(tmp_path, capfd):
     train(tmp_path, "--init", tmp_path / "given.safetensors", "--lr", 0)
 
 
+@pytest.mark.parametrize(("given_by", "trained", "words"), [
+    (True, "flow", "variance is left out"), (False, "ddpm", "variance is new, zero")])
+def test_init_fits_the_final_layer_to_the_objective(tmp_path, given_by, trained, words, capfd):
+    given = build_dit("DiT-Ti/2", input_size=8, in_channels=1, num_classes=10, learn_sigma=given_by)
+    torch.nn.init.normal_(given.final_layer.linear.weight)
+    save_checkpoint(tmp_path / "given.safetensors", given)
+    train(tmp_path, "--init", tmp_path / "given.safetensors", "--lr", 0, "--max-steps", 2,
+          "--objective", trained)
+    assert words in capfd.readouterr().err
+    found = load_checkpoint(tmp_path / "run")
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 900.0]), torch.tensor([1, 10])
+    assert torch.equal(found(x, t, y)[:, :1], given.eval()(x, t, y)[:, :1])
+
+
+@pytest.mark.parametrize("flags", [[], ["--objective", "flow", "--grad-clip", 0]])
+def test_a_batch_that_does_not_fit_is_cut_and_stays_the_same_batch(tmp_path, monkeypatch, flags):
+    """A network that has no memory for more than two images; the run equals one cut by hand."""
+    by_hand = train(tmp_path / "hand", "--gradient-accumulation-steps", 4, *flags)
+    forward, sizes = dit.DiT.forward, []
+
+    def small(network, x, t, y, drop=None):
+        sizes.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return forward(network, x, t, y, drop)
+
+    monkeypatch.setattr(dit.DiT, "forward", small)
+    monkeypatch.setattr(train_accelerate, "TRIED", ("cpu",))
+    train(tmp_path / "auto", "--max-steps", 3, *flags)
+    assert sizes[:4] == [8, 4, 2, 2]
+    sizes.clear()
+    run = train(tmp_path / "auto", *flags)
+    assert set(sizes) == {2} and len(sizes) == 12  # no trial when it resumes
+    assert json.loads((run / "config.json").read_text())["gradient_accumulation_steps"] == 4
+    tensors, expected = result(run)[1], result(by_hand)[1]
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_two_processes_agree_on_the_parts_of_a_batch(tmp_path, monkeypatch):
+    """Only one of them is short of memory; and where no image fits a line says what helps."""
+    forward = dit.DiT.forward
+
+    def small(network, x, t, y, drop=None):
+        if len(x) > (4 if os.environ["RANK"] == "0" else 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return forward(network, x, t, y, drop)
+
+    monkeypatch.setattr(dit.DiT, "forward", small)
+    monkeypatch.setattr(train_accelerate, "TRIED", ("cpu",))
+    assert wait(*fork_two(lambda: train(tmp_path, "--max-steps", 2))) == [0, 0]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["gradient_accumulation_steps"] == 4
+
+    def none(*args, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(dit.DiT, "forward", none)
+    with pytest.raises(InputError, match="^not even one image fits: .*--gradient-checkpointing"):
+        train(tmp_path, "--run-name", "other")
+
+
 def test_init_with_other_shapes_is_refused(tmp_path):
     narrow = build_dit("DiT-Ti/2", input_size=8, in_channels=1, hidden_size=48)
     save_checkpoint(tmp_path / "given.safetensors", narrow)
@@ -678,7 +827,11 @@ def test_a_cache_of_something_else_or_damaged_is_refused(tmp_path, pictures, sma
     cached(tmp_path, pictures, "--max-steps", 1)
     cache = tmp_path / "cache"
     shutil.copytree(pictures / "vae", pictures / "other", dirs_exist_ok=True)
-    others = {"image_size was 16, now 8": ["--image-size", 8], "vae": ["--vae", pictures / "other"]}
+    tensors = load_file(pictures / "other" / "diffusion_pytorch_model.safetensors")
+    tensors = {name: tensor + (name == "quant_conv.bias") for name, tensor in tensors.items()}
+    save_file(tensors, pictures / "other" / "diffusion_pytorch_model.safetensors")
+    others = {"image_size was 16, now 8": ["--image-size", 8],
+              "vae_weights": ["--vae", pictures / "other"]}
     for words, flags in others.items():
         before = tree(cache)
         with pytest.raises(InputError, match=words):
@@ -687,11 +840,13 @@ def test_a_cache_of_something_else_or_damaged_is_refused(tmp_path, pictures, sma
     shard = cache / "moments-00002.safetensors"
     data = bytearray(shard.read_bytes())
     data[-2000] ^= 1
+    shard.unlink()  # a new file: workers may still read the old one's memory
     shard.write_bytes(data)
     for workers in (0, 1):
         words = "^[^\n]*moments-00002.safetensors is damaged: delete it[^\n]*$"
         with pytest.raises(InputError, match=words):
             cached(tmp_path, pictures, "--max-steps", 9, "--num-workers", workers)
+    shard.unlink()
     shard.write_bytes(data[:-5])
     with pytest.raises(InputError, match="moments-00002.safetensors is damaged"):
         cached(tmp_path, pictures, "--max-steps", 9)
@@ -727,8 +882,209 @@ def test_a_command_with_workers_ends_when_it_fails(tmp_path, pictures):
                "--image-size", 8, "--model", "DiT-Ti/2", "--global-batch-size", 8,
                "--num-workers", 2, "--eval-samples", 0]
     words = [str(word) for word in command]
-    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2 and "04.png" in ended.stderr.splitlines()[-1]
+
+
+# -------------------------------------------------------------------------------- what people bring
+
+
+OWN = ["--vae", "none", "--image-size", 8, "--model", "DiT-Ti/2", "--num-workers", 0]
+
+
+def grow_classes(folder, *names, count=3, value=0):
+    """A folder per class of small pictures, of the same names in each."""
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.full((9, 9, 3), (value + 40 * number + i) % 256, np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_data_and_vae_are_known_by_what_they_hold(tmp_path, pictures, monkeypatch):
+    """However their paths are spelled, and wherever they are moved."""
+    shutil.copytree(pictures, tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    paths = ["here/data", "./here/data/", tmp_path / "here" / "data", "there/data"]
+    for step, path in enumerate(paths, start=1):
+        if step == 4:
+            os.rename("here", "there")
+        vae = Path(path).parent / "vae"
+        run = train(tmp_path, "--data-path", path, "--vae", vae, "--image-size", 16, "--model",
+                    "DiT-Ti/2", "--num-workers", 0, "--max-steps", step)
+    assert lines(run)[-1]["step"] == 4
+    metadata = load_checkpoint(run).metadata
+    assert metadata["vae"] == str(tmp_path / "there" / "vae")
+    assert metadata["data_path"] == str(tmp_path / "there" / "data")
+
+
+@pytest.mark.parametrize("harm", ["renamed", "swapped", "new label"])
+def test_other_data_under_the_same_path_are_refused(tmp_path, harm):
+    data = grow_classes(tmp_path / "data", "ant", "bee", "cat")
+    train(tmp_path, "--data-path", data, *OWN, "--max-steps", 1)
+    if harm == "renamed":
+        os.rename(data / "ant", data / "dog")
+    elif harm == "swapped":
+        shutil.rmtree(data)
+        grow_classes(data, "ant", "bee", "cat", value=7)
+    else:
+        os.rename(data / "ant" / "0.png", data / "bee" / "3.png")
+    with pytest.raises(InputError, match="data was .*, now .*: --allow-changes"):
+        train(tmp_path, "--data-path", data, *OWN)
+
+
+def test_a_cache_of_other_pictures_with_equal_names_and_counts_is_refused(tmp_path, pictures):
+    shutil.copytree(pictures / "vae", tmp_path / "vae")
+    for version in (1, 2):
+        grow_classes(tmp_path / f"v{version}" / "data", "ant", "bee", value=version)
+    make = lambda version: train(
+        tmp_path, "--data-path", tmp_path / version / "data", "--vae", tmp_path / "vae",
+        "--image-size", 8, "--model", "DiT-Ti/2", "--num-workers", 0, "--latent-cache",
+        tmp_path / "cache", "--max-steps", 1, "--run-name", version)
+    make("v1")
+    with pytest.raises(InputError, match="of another latent cache"):
+        make("v2")
+
+
+def test_what_the_cache_left_out_is_left_out_of_scores(tmp_path, pictures, small_shards):
+    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "data" / "class0" / "04.png").write_bytes(b"no picture")
+    run = cached(tmp_path, tmp_path, "--max-steps", 1, "--eval-every", 1, "--eval-samples", 4)
+    assert lines(run)[-1]["num_reference"] == 22
+    assert load_checkpoint(run).metadata["left_out"] == [2]
+
+
+def test_a_cache_of_nothing_but_broken_images_is_one_line(tmp_path, pictures):
+    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "data").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(InputError, match="none of the 23 images can be read: .*png"):
+        cached(tmp_path, tmp_path)
+
+
+def test_four_pictures_and_more_classes_than_they_have(tmp_path):
+    data = grow_classes(tmp_path / "data", "ant", "bee", "cat", "dog", count=1)
+    run = train(tmp_path, "--data-path", data, *OWN, "--num-classes", 6, "--max-steps", 2,
+                "--sample-every", 2, "--eval-every", 2, "--eval-samples", 4)
+    assert {"fd", "kid", "precision"} <= lines(run)[-1].keys() and "density" not in lines(run)[-1]
+    names = load_checkpoint(run).metadata["class_names"]
+    assert names == ["ant", "bee", "cat", "dog", "4", "5"]
+    assert (run / "samples" / "0000002.png").exists()
+
+
+def test_settings_of_accelerates_configuration_are_recorded(tmp_path, monkeypatch):
+    with monkeypatch.context() as configured:
+        configured.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        configured.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+        run = train(tmp_path, "--max-steps", 1)
+    config = json.loads((run / "config.json").read_text())
+    assert (config["mixed_precision"], config["gradient_accumulation_steps"]) == ("bf16", 2)
+    with pytest.raises(InputError, match="mixed_precision was 'bf16', now 'no'"):
+        train(tmp_path, "--max-steps", 2)
+    train(tmp_path, "--max-steps", 2, "--mixed-precision", "bf16",
+          "--gradient-accumulation-steps", 2)
+
+
+def test_a_run_of_an_older_version_resumes(tmp_path, whole_run):
+    """Its config.json has not the settings that came later."""
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("data", "vae_weights", "objective", "time_sampling"):
+        del config[name]
+    path.write_text(json.dumps(config | dict(mixed_precision=None)))
+    with pytest.raises(InputError, match="objective was 'ddpm', now 'flow'"):
+        train(tmp_path, "--objective", "flow")
+    train(tmp_path, "--max-steps", 7)
+
+
+@pytest.mark.parametrize(("name", "words"), [("a/b", None), ("n" * 255, None),
+                                             ("n" * 256, "cannot write .*too long")])
+def test_any_name_of_a_run_works_or_is_one_line(tmp_path, name, words):
+    work = lambda: train(tmp_path, "--run-name", name, "--max-steps", 2, "--sample-every", 1,
+                         "--tracker", "tensorboard")
+    if words:
+        with pytest.raises(InputError, match=words):
+            work()
+    else:
+        work()
+        assert checkpoints(tmp_path / name) == ["0000002"]
+
+
+def test_a_tracker_that_refuses_is_one_line(tmp_path, monkeypatch):
+    def refuse(*args, **settings):
+        raise RuntimeError("api_key not configured (no-tty)\nmore")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
+    with pytest.raises(InputError, match=r"^--tracker tensorboard: api_key .* \(no-tty\)$"):
+        train(tmp_path, "--tracker", "tensorboard")
+
+
+def test_a_folder_that_cannot_be_written_or_locked_is_said_as_such(tmp_path, monkeypatch, capfd):
+    from filelock import FileLock
+
+    def refuse(*args, **settings):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    run = train(tmp_path, "--max-steps", 2)
+    assert checkpoints(run) == ["0000002"] and "without locks" in capfd.readouterr().err
+
+    def forbidden(*args, **settings):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", forbidden)
+    with pytest.raises(InputError, match="cannot write .*Permission denied"):
+        train(tmp_path, "--max-steps", 2)
+
+
+def test_the_commands_at_the_end_are_whole(tmp_path, capfd):
+    run = train(tmp_path / "a folder", "--max-steps", 2)
+    printed = capfd.readouterr().out
+    typed = [shlex.split(line) for line in printed.splitlines()]
+    assert [words for words in typed if words[-1] == str(run) and "sample_grid.py" in words]
+    assert [words for words in typed if words[-1] == str(run) and "evaluate.py" in words]
+    assert "step 2  loss" in printed
+
+
+def test_the_end_of_the_launcher_ends_the_run_saved(tmp_path):
+    """SIGKILL to a process that started the trainer, as `accelerate launch` does."""
+    def slow():
+        original = train_accelerate.update_ema
+        train_accelerate.update_ema = lambda *args: (time.sleep(0.05), original(*args))
+        train(tmp_path, "--max-steps", 10_000, "--ckpt-every", 5)
+
+    def launch():
+        (tmp_path / "pid").write_text(str(fork(slow, dict(ACCELERATE_DYNAMO_BACKEND="no"))))
+        time.sleep(600)
+
+    launcher = fork(launch)
+    wait_for(tmp_path / "run" / "checkpoints" / "0000005")
+    os.kill(launcher, signal.SIGKILL)
+    wait(launcher)
+    trainer = int((tmp_path / "pid").read_text())
+    end = time.time() + 30
+    while psutil.pid_exists(trainer) and psutil.Process(trainer).status() != "zombie":
+        assert time.time() < end
+        time.sleep(0.1)
+    assert int(checkpoints(tmp_path / "run")[-1]) % 5  # saved where it was
+
+
+def test_a_second_signal_ends_a_step_that_hangs(tmp_path):
+    def hang():
+        train_accelerate.update_ema = lambda *args: [time.sleep(1) for _ in range(100)]
+        (tmp_path / "begun").touch()
+        train(tmp_path)
+
+    process = fork(hang)
+    wait_for(tmp_path / "run" / "config.json")
+    time.sleep(1)
+    os.kill(process, signal.SIGTERM)
+    time.sleep(1.5)
+    os.kill(process, signal.SIGTERM)
+    began = time.time()
+    assert wait(process) == [143] and time.time() - began < 10
 
 
 # ------------------------------------------------------------------------------ configuration files
