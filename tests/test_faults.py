@@ -222,6 +222,7 @@ def test_training_on_a_full_disk(run, data, tmp_path, capsys):
     for name in ("config.json", "metrics.jsonl", "ema.safetensors", "model.safetensors",
                  "optimizer.pt", "state.json", "0000006.png", "best.safetensors"):
         assert {"write", "sync"} <= kinds(seen, name), name
+    assert ("sync", str(run / "metrics.jsonl")) in seen  # and not only when it is begun anew
 
 
 def test_caching_on_a_full_disk(data, vae_folder, tmp_path, monkeypatch, capsys):
