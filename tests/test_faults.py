@@ -14,6 +14,7 @@ import pathlib
 import re
 import resource
 import shutil
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -222,6 +223,7 @@ def test_training_on_a_full_disk(run, data, tmp_path, capsys):
     for name in ("config.json", "metrics.jsonl", "ema.safetensors", "model.safetensors",
                  "optimizer.pt", "state.json", "0000006.png", "best.safetensors"):
         assert {"write", "sync"} <= kinds(seen, name), name
+    assert ("sync", str(run / "metrics.jsonl")) in seen  # and not only when it is begun anew
 
 
 def test_caching_on_a_full_disk(data, vae_folder, tmp_path, monkeypatch, capsys):
@@ -650,6 +652,7 @@ def test_a_bug_gives_its_traceback(
 def test_what_one_process_alone_may_meet_is_shown_by_any(rank, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(os, "_exit", sys.exit)  # by which one of several processes ends
 
     def fail(error):
         raise error
