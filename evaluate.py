@@ -717,16 +717,16 @@ class Inception:
 
         path = cache_folder() / Path(inception_url).name
         if not path.is_file():
-            log_stderr(f"downloading {inception_url} to {path}")
+            print(f"downloading {inception_url} to {path}", flush=True)
             try:
-                with urllib.request.urlopen(inception_url, timeout=60) as response:
+                with urllib.request.urlopen(inception_url, timeout=9) as response:
                     content = response.read()
             except OSError as error:
                 raise InputError(
                     f"cannot download {inception_url}: {error}; put the file at {path}, or use "
                     "--features efficientnet-lite0, which needs no network") from error
             write_atomically(path, lambda temporary: temporary.write_bytes(content))
-            log_stderr(f"sha256 {fingerprint(content)}")
+            print(f"sha256 {fingerprint(content)}", flush=True)
         return path
 
     @torch.no_grad()
@@ -1240,8 +1240,8 @@ def choose_metrics(asked, network, reference=None, num_samples=None, classes=Non
     text = "; ".join(f"{name} ({reason})" for name, reason in reasons.items() if reason)
     if text and (asked or not chosen):
         raise InputError(f"cannot compute {text}: see --metrics")
-    if text:
-        log_stderr(f"note: left out are {text}")
+    if text and is_rank_0():
+        print(f"note: left out are {text}", flush=True)
     return chosen
 
 

@@ -1563,7 +1563,14 @@ def writing(path):
 def differences(old, new):
     """Words for what differs: of each name in `new`, what it was and what it is."""
     changed = [name for name in new if old.get(name) != new[name]]
-    return ", ".join(f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in changed)
+    return ", ".join(f"{name} was {shown(old.get(name))}, now {shown(new[name])}"
+                     for name in changed)
+
+
+def shown(value):
+    """A setting in a message: of a fingerprint the first digits say enough."""
+    is_fingerprint = isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)
+    return f"content {value[:8]}" if is_fingerprint else repr(value)
 
 
 @contextlib.contextmanager

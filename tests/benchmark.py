@@ -530,7 +530,7 @@ def open_folder(folder, classes, files, args):
 def read_cache(folder, count, args):
     rows = [(torch.randn(2, 8, 32, 32).half(), 0) for _ in range(count)]
     train_accelerate.write_shard(folder / "shard.safetensors", rows, [], {})
-    cache = train_accelerate.LatentCache([folder / "shard.safetensors"], [count])
+    cache = train_accelerate.LatentCache([folder / "shard.safetensors"], [count], [])
     order = torch.randperm(count).tolist()
     network = random_network("DiT-Ti/2" if args.quick else "DiT-S/8", args.device)
     batch = random_batch(network, 32, args.device)

@@ -47,10 +47,7 @@ def command(script, *flags):
 
 
 def refused(capsys, script, *flags):
-    """The one line on stderr with which a command ends with status 2.
-
-    stdout is not looked at, nor the line that names the device.
-    """
+    """The one line on stderr with which a command ends with status 2; stdout is not looked at."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped, warnings.catch_warnings(record=True) as shown:
         # As Python does where no tests run.

@@ -149,7 +149,7 @@ def test_inception_is_downloaded_once_and_whole(standin, tmp_path, monkeypatch, 
         return io.BytesIO(Path(standin).read_bytes())
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    assert load_features("inception", "cpu").width == 24 and "sha256" in capsys.readouterr().err
+    assert load_features("inception", "cpu").width == 24 and "sha256" in capsys.readouterr().out
     assert load_features("inception", "cpu").width == 24
     files = [path.name for path in tmp_path.rglob("*.*")]
     assert len(calls) == 1 and files == ["inception-2015-12-05.pt"]
@@ -523,7 +523,7 @@ def test_metrics_that_few_images_do_not_allow_are_left_out_or_refused(
     args = ("--ckpt", checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", 4)
     result = cli(*args, out=tmp_path / "a.json")
     assert {"fid", "precision", "kid"} <= result.keys() and "density" not in result
-    assert "left out are dc (4 images are too few" in capsys.readouterr().err
+    assert "left out are dc (4 images are too few" in capsys.readouterr().out
     monkeypatch.setattr(evaluate, "sample_images", None)  # nothing is drawn before it is refused
     with pytest.raises(InputError, match="dc .4 images"):
         cli(*args, "--metrics", "fid,dc")

@@ -307,6 +307,22 @@ def test_logged_losses_are_means_over_all_steps_and_micro_batches(tmp_path):
         assert window[0][name] == pytest.approx(np.mean([line[name] for line in each]), rel=1e-4)
 
 
+def test_each_epoch_takes_every_image_once_in_an_order_of_its_own():
+    args = parse_args(["--global-batch-size", "4", "--mirror"])
+    train_accelerate.fill_preset(args)
+    reset_accelerate()
+    accelerator = train_accelerate.make_accelerator()
+    batches = list(train_accelerate.GlobalBatches(args, 10, 0, 50, accelerator))
+    stream = list(itertools.chain(*batches))
+    assert set(map(len, batches)) == {4} and 60 < sum(mirror for _, mirror in stream) < 140
+    epochs = [tuple(index for index, _ in stream[i : i + 10]) for i in range(0, 200, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(epochs)) == 20 and tuple(range(10)) not in epochs
+    # A later start takes the same stream, from there on.
+    later = list(train_accelerate.GlobalBatches(args, 10, 30, 50, accelerator))
+    assert later == batches[30:]
+
+
 def test_learning_rate_warms_up_by_the_step(tmp_path, whole_run):
     run = train(tmp_path, "--log-every", 1, "--warmup-steps", 4, "--lr", 0.004)
     rates = [line["lr"] for line in lines(run)]
