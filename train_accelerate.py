@@ -241,10 +241,15 @@ def spoken(value):
     return {"True": "on", "False": "off", "None": "none"}.get(str(value), str(value))
 
 
+def number_or_auto(text):
+    return AUTO if text == "auto" else int(text)
+
+
 ANY, FROM_0, FROM_1, SHARE = None, (0, math.inf), (1, math.inf), (0, 1)
 SIZE, NETWORK, VAE = ByData(8, 256), ByData("DiT-Ti/2", "DiT-XL/2"), ByData("none", "ema")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-WORKERS = ByData(0, min(4, CORES))  # digits are in memory
+OWN_CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+WORKERS = ByData(0, min(4, OWN_CORES))  # digits are in memory
 AUTO = 0  # parts of a batch
 LOGS, TENTHS, WHOLE = PerRun(20, 100), PerRun(10, 50_000), PerRun(1, 50_000)
 PREVIEWS = PerRun(10, 50_000, least=10)
@@ -307,7 +312,7 @@ SETTINGS = {
                 choices=("no", "fp16", "bf16"), shown="as accelerate is configured, else no"),
         Setting("--gradient-accumulation-steps", AUTO,        AUTO,       FROM_0,  "asked",
                 "parts of a batch, one after the other; auto finds how few fit the memory",
-                type=lambda text: AUTO if text == "auto" else int(text), metavar="N|auto",
+                type=number_or_auto, metavar="N|auto",
                 shown="auto; one on a CPU"),
         Setting("--gradient-checkpointing",      False,       False,      ANY,     "asked",
                 "less memory, a third more time"),
@@ -430,7 +435,7 @@ def fit_to_data(args, data, vae, folder, accelerator):
     # What auto has found is kept when the run is resumed.
     if args.gradient_accumulation_steps == AUTO and step_folders(folder):
         recorded = read_json(folder / "config.json")
-        args.gradient_accumulation_steps = recorded["gradient_accumulation_steps"]
+        args.gradient_accumulation_steps = recorded.get("gradient_accumulation_steps", AUTO)
     accelerator.gradient_accumulation_steps = max(1, args.gradient_accumulation_steps)
 
     # Every process makes as many equal parts of the batch as the others.
