@@ -2367,8 +2367,8 @@ class ReferenceCache:
         if self.accelerator.is_main_process:
             total = sum(size for _, size, _ in self.files())
             print(f"reference: features of {self.source.name} {what} {self.path}; {total / 1e6:.0f}"
-                  f" MB are kept there, at most {CACHE_BYTES / 1e9:.0f} GB; --no-reference-cache "
-                  "does without", flush=True)
+                  f" MB are kept there, at most {CACHE_BYTES / 1e9:.0f} GB; evaluate.py "
+                  "--no-reference-cache does without", flush=True)
 
 
 def mixed_sizes(whose, first, other):
