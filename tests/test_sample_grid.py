@@ -18,12 +18,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from helpers import small_dit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import sample_grid
-from dit import DiT, InputError, RankLocalError, load_checkpoint, reach_hub, save_checkpoint
+from dit import InputError, RankLocalError, load_checkpoint, reach_hub, save_checkpoint
 from gaussian_diffusion import FlowMatching, create_diffusion
 from sample_grid import (
     Autoencoder,
@@ -41,18 +42,6 @@ from sample_grid import (
 ROOT = Path(__file__).parent.parent
 NAMES = ["tench, Tinca tinca", "golden retriever", "Labrador retriever", "otter"]
 TEN = [str(c) for c in range(10)]
-
-
-def small_dit(**overrides):
-    """A DiT whose output depends on all of its inputs: random weights in place of the zero ones."""
-    torch.manual_seed(0)
-    config = dict(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2,
-                  num_classes=4)
-    model = DiT(**config | overrides).eval()
-    for name, parameter in model.named_parameters():
-        if name != "pos_embed":
-            torch.nn.init.normal_(parameter, std=0.08)
-    return model
 
 
 def save_small(path, metadata=None, **overrides):
