@@ -1188,6 +1188,12 @@ def log_stderr(text, everywhere=False):
 warn_once = functools.cache(log_stderr)
 
 
+def note(text):
+    """Print what was understood, chosen or left out: one line on stdout, on rank 0."""
+    if is_rank_0():
+        print("note:", " ".join(text.split()), flush=True)
+
+
 def run_command(main, args=None):
     """Run `main(args)` as a command line: an InputError is one line on stderr and exit status 2.
 

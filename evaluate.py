@@ -55,7 +55,7 @@ from dit import (
     hub_error,
     is_rank_0,
     is_stdout,
-    log_stderr,
+    note,
     reach_hub,
     read_json,
     run_command,
@@ -1240,8 +1240,8 @@ def choose_metrics(asked, network, reference=None, num_samples=None, classes=Non
     text = "; ".join(f"{name} ({reason})" for name, reason in reasons.items() if reason)
     if text and (asked or not chosen):
         raise InputError(f"cannot compute {text}: see --metrics")
-    if text and is_rank_0():
-        print(f"note: left out are {text}", flush=True)
+    if text:
+        note(f"left out are {text}")
     return chosen
 
 
@@ -2017,9 +2017,9 @@ def image_size(source):
 def say_turned(features):
     """How many images are not read as other evaluators read them, in one line."""
     if features.turned:
-        log_stderr(f"note: {features.turned} of the {features.count} images of {features.name} "
-                   "were turned upright; --no-upright reads them as ADM, clean-fid and "
-                   "torch-fidelity do")
+        note(f"{features.turned} of the {features.count} images of {features.name} "
+             "were turned upright; --no-upright reads them as ADM, clean-fid and "
+             "torch-fidelity do")
 
 
 def float64_device(accelerator):
@@ -2262,7 +2262,7 @@ class ReferenceFile:
             raise InputError(f"{self.path} holds features of width {width}, {network.name} has "
                              f"{network.width}")
         if of == "an Inception":
-            log_stderr(f"note: {self.path} does not name its network: taken for {network.name}")
+            note(f"{self.path} does not name its network: taken for {network.name}")
 
 
 def named_tensors(features):
@@ -2304,7 +2304,7 @@ class ReferenceCache:
             settings = {}
             tensors = {}
         if settings.get("fingerprint") != fingerprint(tensors):
-            log_stderr(f"note: {self.path} is damaged and is made anew")
+            note(f"{self.path} is damaged and is made anew")
             return {}, {}
         return tensors, settings
 
@@ -2336,7 +2336,7 @@ class ReferenceCache:
         # Features that do not fit are not worth losing all others.
         tensors = self.load()[0] | named_tensors(features)
         if sum(tensor.nbytes for tensor in tensors.values()) > CACHE_BYTES:
-            log_stderr(f"note: the features of {features.name} are too large to be kept")
+            note(f"the features of {features.name} are too large to be kept")
             return
         settings = dict(size=features.size, turned=features.turned,
                         fingerprint=fingerprint(tensors))
@@ -2350,7 +2350,7 @@ class ReferenceCache:
                 if total > CACHE_BYTES:
                     path.unlink(missing_ok=True)
         except (InputError, OSError) as error:
-            log_stderr(f"note: the features of {features.name} are not kept: {error}")
+            note(f"the features of {features.name} are not kept: {error}")
             return
         self.report("kept in")
 

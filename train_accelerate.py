@@ -64,6 +64,7 @@ from dit import (
     RankLocalError,
     fingerprint,
     log_stderr,
+    note,
     read_json,
     save_checkpoint,
     write_json,
@@ -1354,8 +1355,8 @@ class Previews:
             inception = not small and on_main(self.accelerator, inception_can_be_had)
             args.features = "inception" if inception else "efficientnet-lite0"
             if not small and not inception:
-                log_stderr("note: Inception is not here and cannot be downloaded: scores are "
-                           "distances in EfficientNet-Lite0's features, fd in place of fid")
+                note("Inception is not here and cannot be downloaded: scores are "
+                     "distances in EfficientNet-Lite0's features, fd in place of fid")
         self.features = load_features(args.features, self.accelerator.device)
         self.choose_reference()
 

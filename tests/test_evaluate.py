@@ -509,7 +509,7 @@ def test_statistics_alone_give_the_metrics_that_they_allow(standin, tmp_path, ca
     result = cli(*args, out=tmp_path / "a.json")
     assert {"fid", "inception_score"} <= result.keys() and result["num_reference"] is None
     assert not {"sfid", "precision", "kid", "density"} & result.keys()
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert said.count("left out") == 1 and "sfid (ref.npz has no mu_s" in said
     assert "kid (ref.npz has no images arr_0" in said
     adm = statistics_file(tmp_path / "adm.npz", mu_s=np.zeros(7), sigma_s=np.eye(7))
@@ -765,7 +765,7 @@ def test_held_out_images_are_the_yardstick(standin, tmp_path, capsys):
     # By default nothing is held out, and what needs it is left out.
     result = cli(*args, out=tmp_path / "b.json")
     assert "fdr" not in result and result["num_reference"] == 120 and "memorization" in result
-    assert "fdr" not in capsys.readouterr().err
+    assert "fdr" not in capsys.readouterr().out
     with pytest.raises(InputError, match="--val-split 2"):
         cli(*args, "--val-split", 2)
     with pytest.raises(InputError, match="cannot compute fdr .it needs held-out real images"):
@@ -804,7 +804,7 @@ def test_classes_of_other_names_are_not_compared(standin, tmp_path, capsys):
     (tmp_path / "fake" / "dark").rename(tmp_path / "fake" / "pale")
     args = ("--samples", tmp_path / "fake", "--ref", tmp_path / "ref", "--features", standin)
     assert "class_agreement" not in cli(*args, out=tmp_path / "a.json")
-    assert "agree (the reference ref has not the samples' classes)" in capsys.readouterr().err
+    assert "agree (the reference ref has not the samples' classes)" in capsys.readouterr().out
 
 
 def test_imagenets_classes_are_read_by_the_network_itself():
@@ -991,7 +991,7 @@ def test_a_damaged_file_is_made_anew(how, tmp_path, capsys):
     cut = dict(cut=content[:-40], empty=b"", flipped=content)
     file.write_bytes(cut[how])
     assert equal(first, features()) and network.seen == 18
-    assert f"{file} is damaged" in capsys.readouterr().err
+    assert f"{file} is damaged" in capsys.readouterr().out
     assert equal(first, features()) and network.seen == 18
 
 
@@ -1014,16 +1014,16 @@ def test_the_cache_is_bounded_and_can_be_done_without(tmp_path, monkeypatch, cap
     monkeypatch.setattr(evaluate, "CACHE_BYTES", 100)
     seen = network.seen
     reference_features(load_data(str(tmp_path / "3"), 4), network, one, cache=True)
-    assert network.seen == seen + 9 and "too large" in capsys.readouterr().err
+    assert network.seen == seen + 9 and "too large" in capsys.readouterr().out
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path, standin, forty, capsys):
     (tmp_path / "cache").write_text("a file in its place")
     args = ("--samples", forty, "--ref", forty, "--features", standin, "--metrics", "fid")
     assert cli(*args, out=tmp_path / "a.json")["fid"] == pytest.approx(0, abs=1e-6)
-    assert "are not kept" in capsys.readouterr().err
+    assert "are not kept" in capsys.readouterr().out
     cli(*args, "--no-reference-cache")
-    assert "reference" not in capsys.readouterr().err
+    assert "kept" not in capsys.readouterr().out
 
 
 def test_turned_images_are_counted(tmp_path, standin, capsys):
@@ -1035,6 +1035,6 @@ def test_turned_images_are_counted(tmp_path, standin, capsys):
             "--metrics", "fid")
     for _ in range(2):  # the second time from the cache
         cli(*args)
-        assert capsys.readouterr().err.count("1 of the 9 images of ref were turned upright") == 2
+        assert capsys.readouterr().out.count("1 of the 9 images of ref were turned upright") == 2
     cli(*args, "--no-upright")
-    assert "turned" not in capsys.readouterr().err
+    assert "turned upright" not in capsys.readouterr().out
