@@ -3102,12 +3102,17 @@ def class_labels(values, column, names=None):
 # ---------------------------------------------------------- machinery: batches
 
 
-def read_batches(data, batches, num_workers=0, collate=torch.utils.data.default_collate, pin=False):
+def stack_items(items):
+    return [np.stack(values) for values in zip(*items, strict=True)]
+
+
+def read_batches(data, batches, num_workers=0, collate=stack_items, pin=False):
     """A generator of batches of data, one for each list of keys in `batches`.
 
     num_workers: processes that load them ahead, which end when the generator does. collate: makes
-    of a list of items a batch of tensors, in lists or tuples if need be. pin: put tensors into
-    pinned memory. RankLocalError when a worker was killed.
+    of a list of items, whose tensors are arrays by then, a batch of arrays, in lists or tuples if
+    need be; they arrive as tensors. pin: put these into pinned memory. RankLocalError when a worker
+    was killed.
     """
     # Workers send arrays through a pipe. Tensors would take file descriptors and shared memory, of
     # which a container has 64 MB. torch's thread for pinning empties the pipe but pins no arrays.
@@ -3140,7 +3145,7 @@ def outlive_signals(closing, worker):
 
 
 def collate_arrays(collate, items):
-    return converted(collate(items), torch.Tensor, torch.Tensor.numpy)
+    return collate(converted(items, torch.Tensor, torch.Tensor.numpy))
 
 
 def converted(value, kind, convert):

@@ -589,6 +589,16 @@ def test_workers_send_no_file_descriptors(tmp_path):
     assert all(torch.equal(images[0], data[i][0]) for i, images in enumerate(kept))
 
 
+def test_workers_use_no_shared_memory(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise RuntimeError("No space left on device")
+
+    data = load_data(str(sizes(tmp_path, 4)), 8)
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    ((images, labels),) = read_batches(data, [range(4)], 1)
+    assert images.shape == (4, 3, 8, 8) and labels.dtype == torch.int64
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_of_torchs_loader(tmp_path, workers):
     save(halves(8, 8), tmp_path / "a" / "0.png")
