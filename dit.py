@@ -855,7 +855,7 @@ DIFFUSERS_LAYERS = {  # ours -> theirs; {i} is the number of a block
 
 
 def diffusers_keys(depth):
-    """Yield (official key, diffusers keys of its equal parts); embedders have a copy in each block."""
+    """Yield (official key, diffusers keys of its parts); embedders have a copy in each block."""
     for i in range(depth):
         for ours, theirs in DIFFUSERS_LAYERS.items():
             for kind in ("weight", "bias"):
