@@ -809,13 +809,16 @@ def describe(args, ckpt, vae, diffusion, sampling):
 def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
     """Accelerate's Accelerator, with TF32 as asked and all cores for a lone CPU process.
 
-    kwargs go to Accelerator. InputError for bf16 on a GPU that has none.
+    kwargs go to Accelerator. InputError for a precision that the device has not.
     """
     # Hours, since processes wait for the one with the slowest GPU or the most images.
     kwargs.setdefault("kwargs_handlers", [InitProcessGroupKwargs(timeout=timedelta(hours=3))])
     # Said outright, or torchrun's processes on a CPU would each train alone.
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu, **kwargs)
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu, **kwargs)
+    except ValueError as error:
+        raise InputError(f"accelerate cannot start here: {error}") from error
     if accelerator.mixed_precision == "bf16":
         check_bf16(accelerator.device, "--mixed-precision")
     # The older API for TF32, since it is the one that torch.compile reads.
@@ -832,10 +835,19 @@ def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
 
 
 def check_bf16(device, flag):
-    """InputError, naming the flag that asked for it, for a GPU that can only emulate bfloat16."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError(f"{flag} bf16: {torch.cuda.get_device_name(device)} has no bfloat16, "
-                         "leave it out")
+    """InputError, naming the flag that asked for it, where there is no bfloat16 but emulated."""
+    has = dict(
+        cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        mps=lambda: torch.backends.mps.is_macos_or_newer(14, 0))
+    if device.type in has and not has[device.type]():
+        raise InputError(f"{flag} bf16: {device_name(device)} has no bfloat16, leave it out")
+
+
+def device_name(device):
+    """What a person calls the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return dict(cpu="the CPU", mps="the Mac's GPU").get(device.type, str(device))
 
 
 def describe_device(accelerator, precision):
@@ -844,17 +856,13 @@ def describe_device(accelerator, precision):
     Without a GPU it says so if this PyTorch was built for one.
     """
     device = accelerator.device
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
-    else:
-        where = "the CPU" if device.type == "cpu" else str(device)
     processes = accelerator.num_processes
     many = f", {processes} processes" if processes > 1 else ""
     built_for = torch.version.cuda or torch.version.hip
     lost = device.type == "cpu" and built_for and not torch.cuda.is_available()
     hint = (f" (no usable GPU: if there is one, its driver may be too old for this PyTorch, built "
             f"for {built_for})")
-    return f"running on {where}{many}, in {precision}{hint if lost else ''}"
+    return f"running on {device_name(device)}{many}, in {precision}{hint if lost else ''}"
 
 
 class ProgressBar:

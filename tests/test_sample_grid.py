@@ -996,6 +996,9 @@ def test_bf16_needs_a_gpu_that_has_it(monkeypatch):
     sample_grid.check_bf16(torch.device("cpu"), "--dtype")
     with pytest.raises(InputError, match="--dtype bf16: Tesla V100 has no bfloat16, leave it out"):
         sample_grid.check_bf16(torch.device("cuda:0"), "--dtype")
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: version < (14, 0))
+    with pytest.raises(InputError, match="--dtype bf16: the Mac's GPU has no bfloat16"):
+        sample_grid.check_bf16(torch.device("mps"), "--dtype")
     model, asked = small_dit(), []
     monkeypatch.setattr(sample_grid, "check_bf16", lambda device, flag: asked.append(flag))
     sample_grid.sampling_settings(sample_grid.parse_args(["--dtype", "bf16"]), model, 1.0)
@@ -1003,6 +1006,15 @@ def test_bf16_needs_a_gpu_that_has_it(monkeypatch):
     sample_grid.make_accelerator("bf16")
     AcceleratorState._reset_state()
     assert asked == ["--dtype", "--mixed-precision"]
+
+
+def test_what_accelerate_refuses_is_said(monkeypatch):
+    def refuse(**settings):
+        raise ValueError(f"{settings['mixed_precision']} mixed precision requires a GPU")
+
+    monkeypatch.setattr(sample_grid, "Accelerator", refuse)
+    with pytest.raises(InputError, match="accelerate cannot start here: bf16 mixed precision"):
+        sample_grid.make_accelerator("bf16")
 
 
 def test_the_device_is_said(draw, tmp_path, monkeypatch, capsys):
