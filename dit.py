@@ -45,7 +45,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------ the network, in the order of a forward pass
@@ -629,48 +628,38 @@ def state_bytes(model):
 def kept_bytes(config):
     """Bytes that a forward pass in bfloat16 keeps for backward, per image.
 
-    Returns two numbers: without and with gradient checkpointing. They are counted: on meta tensors,
-    which have shapes but no memory, autograd shows each tensor that it saves.
+    Returns two numbers: without and with gradient checkpointing. They are counted: on tensors
+    without memory autograd shows each that it saves. float16 stands for bfloat16: it is as long,
+    and has on a CPU the fused attention that GPUs have for both.
     """
+    from torch._subclasses import FakeTensorMode
+
     # One block is enough, since all keep the same.
-    with torch.device("meta"):
+    with FakeTensorMode():
         model = DiT(**config | dict(depth=1)).train()
+        block = model.blocks
 
-    def kept(images):
-        storages = set()  # the same memory may be saved under several shapes
+        def kept_an_image():
+            """What two images keep more than one, which leaves out the weights."""
+            kept = []
+            for images in (1, 2):
+                storages = set()  # the same memory may be saved under several shapes
+                note = lambda tensor, seen=storages: seen.add(tensor.untyped_storage()) or tensor
+                x = torch.empty(images, model.in_channels, model.input_size, model.input_size)
+                y = torch.zeros(images, dtype=torch.int64)
+                hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+                with hooks, torch.autocast("cpu", torch.float16):
+                    model(x, y, y)
+                kept.append(sum(storage.nbytes() for storage in storages))
+            return kept[1] - kept[0]
 
-        def note(tensor):
-            storages.add(tensor.untyped_storage())
-            return tensor
-
-        shape = (images, model.in_channels, model.input_size, model.input_size)
-        x = torch.empty(shape, device="meta")
-        y = torch.zeros(images, dtype=torch.int64, device="meta")
-        with AutocastOnMeta(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            model(x, y, y)
-        return sum(storage.nbytes() for storage in storages)
-
-    # What two images keep more than one leaves out the weights.
-    block, model.blocks = model.blocks, nn.ModuleList()
-    ends = kept(images=2) - kept(images=1)
-    model.blocks = block
-    totals = []
-    for checkpointing in (False, True):
-        model.gradient_checkpointing = checkpointing
-        totals.append(ends + config["depth"] * (kept(images=2) - kept(images=1) - ends))
+        model.blocks = nn.ModuleList()
+        ends = kept_an_image()
+        model.blocks = block
+        totals = []
+        for model.gradient_checkpointing in (False, True):
+            totals.append(ends + config["depth"] * (kept_an_image() - ends))
     return totals
-
-
-class AutocastOnMeta(TorchFunctionMode):
-    """Meta tensors treated as autocast to bfloat16 treats a GPU's: PyTorch has none for them."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.linear, F.conv2d):
-            args = [value.bfloat16() if torch.is_tensor(value) else value for value in args]
-        if function is F.scaled_dot_product_attention:
-            # As all fused kernels this one keeps q, k, v, the output and a number for each row.
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
-        return function(*args, **(kwargs or {}))
 
 
 # ----------------------------------------------------------------- files of weights, of all layouts
@@ -866,24 +855,20 @@ DIFFUSERS_LAYERS = {  # ours -> theirs; {i} is the number of a block
 
 
 def diffusers_keys(depth):
-    """Official key -> its diffusers keys: the three thirds of qkv, an embedder's copies, or one."""
-    keys = {}
+    """Yield (official key, diffusers keys of its parts); embedders have a copy in each block."""
     for i in range(depth):
         for ours, theirs in DIFFUSERS_LAYERS.items():
             for kind in ("weight", "bias"):
-                names = keys.setdefault(f"{ours}.{kind}".format(i=i), [])
-                new = [f"{name}.{kind}".format(i=i) for name in theirs]
-                names += [name for name in new if name not in names]
-    return keys
+                names = [f"{name}.{kind}".format(i=i) for name in theirs]
+                yield f"{ours}.{kind}".format(i=i), names
 
 
 def to_diffusers(state_dict, depth):
     """Official-layout weights under diffusers' names."""
     tensors = {}
-    for key, names in diffusers_keys(depth).items():
+    for key, names in diffusers_keys(depth):
         if key in state_dict:  # all but the bias of the embedding table
-            tensor = state_dict[key]
-            parts = tensor.chunk(3) if ".qkv." in key else [tensor] * len(names)
+            parts = state_dict[key].chunk(len(names))
             for name, part in zip(names, parts, strict=True):
                 tensors[name] = part.clone()  # safetensors writes no shared memory
     return tensors
@@ -893,13 +878,13 @@ def from_diffusers(tensors, config, source):
     """Official-layout weights; what has no place there keeps its name: load_weights names it."""
     side = config["input_size"] // config["patch_size"]
     state_dict = {"pos_embed": sincos_positions(config["hidden_size"], side)[None]}
-    for key, names in diffusers_keys(config["depth"]).items():
+    for key, names in diffusers_keys(config["depth"]):
         parts = [tensors.pop(name) for name in names if name in tensors]
         if parts:
-            state_dict[key] = torch.cat(parts) if ".qkv." in key else parts[0]
-        if ".qkv." not in key and not all(torch.equal(part, parts[0]) for part in parts):
-            raise InputError(f"{source} was trained on in diffusers: {key} differs between blocks, "
-                             "but a DiT has one")
+            tensor = torch.cat(parts)
+            if not torch.equal(state_dict.setdefault(key, tensor), tensor):
+                raise InputError(f"{source} was trained on in diffusers: {key} differs between "
+                                 "blocks, but a DiT has one")
     return state_dict | tensors
 
 
@@ -1104,16 +1089,16 @@ def write_card(folder, model, source, in_diffusers):
     rows = []
     for name, value in metrics.items():
         if not name.endswith(("_low", "_high")):
-            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
             shown = f"{value:.4g}" if isinstance(value, float) else value
-            interval = "" if low is None else f"{low:.4g} to {high:.4g}"
+            ends = [metrics[end] for end in (f"{name}_low", f"{name}_high") if end in metrics]
+            interval = " to ".join(f"{end:.4g}" for end in ends)
             rows.append(f"| {name} | {shown} | {interval} |")
     stored = dict(model=model.config, metadata=model.metadata, settings=settings)
-    stored = json.dumps(stored, indent=1, ensure_ascii=False)
     text = CARD.format(
         name=folder.name, in_diffusers=in_diffusers, flags="".join(flags), rows="\n".join(rows),
         grid="![Samples](samples.png)" if grids else "", data=model.metadata.get("data", "?"),
-        step=model.metadata.get("step", "?"), settings=stored)
+        step=model.metadata.get("step", "?"),
+        settings=json.dumps(stored, indent=1, ensure_ascii=False))
     write_atomically(folder / "README.md", lambda new: new.write_text(text, "utf-8"))
 
 

@@ -37,17 +37,16 @@ import re
 import shlex
 import tempfile
 import time
-import warnings
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import rich
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dit import (
@@ -55,6 +54,7 @@ from dit import (
     InputError,
     RankLocalError,
     check_config,
+    check_objective,
     hub_error,
     load_checkpoint,
     log_stderr,
@@ -284,11 +284,8 @@ def draw(model, labels, seed=0, vae=None, **overrides):
     device = model.pos_embed.device
     vae = vae or load_vae(model, device=device)
     names = class_names(model)
-    numbers = []
-    for label in labels:
-        if isinstance(label, str):
-            label = find_class(label, names, model_wnids(model))
-        numbers.append(label)
+    numbers = [find_class(label, names, model_wnids(model)) if isinstance(label, str) else label
+               for label in labels]
     if not all(0 <= number < model.num_classes for number in numbers):
         raise InputError(f"labels {labels}: classes go from 0 to {model.num_classes - 1}")
     y = torch.tensor(numbers, device=device)
@@ -345,8 +342,6 @@ class Autoencoder:
                 raise hub_error(f"the VAE {source}", None, "give --vae a folder of diffusers")
             import diffusers  # takes seconds
 
-            # Said by diffusers 0.42 about an argument that huggingface_hub no longer has.
-            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
             # The class is named by a file that may be anybody's: only known ones are looked up.
             config = diffusers.AutoencoderKL.load_config(source, local_files_only=offline)
             kind = config["_class_name"]
@@ -401,22 +396,21 @@ class Autoencoder:
         x = latents.float()
         if self.vae is not None:
             pixels = x[0, 0].numel() * self.factor**2
-            x = self._in_slices(self._pixels, x / self.scale + self.shift, pixels)
+            decode = lambda part: self.vae.decode(part).sample
+            x = self._in_slices(decode, x / self.scale + self.shift, pixels)
         x = (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
         return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
 
     def _read_scale(self, config):
         self.scale = config.get("scaling_factor") or 1.0
         self.shift = config.get("shift_factor") or 0.0
-        mean = config.get("latents_mean")
-        std = config.get("latents_std")
-        if mean is None and std is None:
+        statistics = config.get("latents_mean"), config.get("latents_std")
+        if statistics == (None, None):
             return
-        if mean is None or std is None or self.shift:
+        if None in statistics or self.shift:
             raise ValueError("latents_mean goes with latents_std and without shift_factor")
-        device = self.vae.device
-        self.shift = torch.tensor(mean, device=device).view(-1, 1, 1)  # (C, 1, 1)
-        self.scale = self.scale / torch.tensor(std, device=device).view(-1, 1, 1)
+        mean, std = torch.tensor(statistics, device=self.vae.device)[..., None, None]  # (C, 1, 1)
+        self.shift, self.scale = mean, self.scale / std
 
     def _moments(self, x):
         posterior = self.vae.encode(x)
@@ -425,9 +419,6 @@ class Autoencoder:
         # Without a distribution (AutoencoderTiny, AutoencoderDC) the variance is made to vanish.
         latents = posterior[0]
         return torch.cat([latents, torch.full_like(latents, -30)], dim=1)
-
-    def _pixels(self, x):
-        return self.vae.decode(x).sample
 
     def _in_slices(self, function, x, pixels):
         """function(x), on as many images of so many pixels at a time as SLICE_PIXELS allows."""
@@ -444,14 +435,10 @@ def load_vae(model, name=None, default="mse", device="cpu"):
     """
     name = name or model.metadata.get("vae") or default
     vae = Autoencoder.load(name, device, model.in_channels)
-    if vae.vae is None:
-        fits = vae.channels in (1, 3)
-        has = "pixels, 1 or 3 channels"
-    else:
-        fits = vae.channels == model.in_channels
-        has = f"latents of {vae.channels} channels"
-    if not fits:
-        raise InputError(f"--vae {name} has {has}, but the model was trained on "
+    fitting = (1, 3) if vae.vae is None else (vae.channels,)
+    if model.in_channels not in fitting:
+        has = "pixels, 1 or 3" if vae.vae is None else f"latents of {vae.channels}"
+        raise InputError(f"--vae {name} has {has} channels, but the model was trained on "
                          f"{model.in_channels} channels")
     return vae
 
@@ -464,9 +451,8 @@ def load_model(ckpt, args, device):
     """
     model = load_checkpoint(ckpt, device)
     check_config(model, ckpt, args.model, num_classes=args.num_classes)
-    objective = model.metadata.setdefault("objective", args.objective or "ddpm")
-    if args.objective not in (None, objective):
-        raise InputError(f"{ckpt} was trained with --objective {objective}, not {args.objective}")
+    check_objective(model, ckpt, args.objective)
+    model.metadata.setdefault("objective", "ddpm")
     vae = load_vae(model, args.vae, "mse", device)
     size = model.input_size * vae.factor
     if args.image_size not in (None, size):
@@ -823,13 +809,16 @@ def describe(args, ckpt, vae, diffusion, sampling):
 def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
     """Accelerate's Accelerator, with TF32 as asked and all cores for a lone CPU process.
 
-    kwargs go to Accelerator. InputError for bf16 on a GPU that has none.
+    kwargs go to Accelerator. InputError for a precision that the device has not.
     """
     # Hours, since processes wait for the one with the slowest GPU or the most images.
     kwargs.setdefault("kwargs_handlers", [InitProcessGroupKwargs(timeout=timedelta(hours=3))])
     # Said outright, or torchrun's processes on a CPU would each train alone.
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu, **kwargs)
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu, **kwargs)
+    except ValueError as error:
+        raise InputError(f"accelerate cannot start here: {error}") from error
     if accelerator.mixed_precision == "bf16":
         check_bf16(accelerator.device, "--mixed-precision")
     # The older API for TF32, since it is the one that torch.compile reads.
@@ -846,10 +835,19 @@ def make_accelerator(mixed_precision=None, tf32=True, **kwargs):
 
 
 def check_bf16(device, flag):
-    """InputError, naming the flag that asked for it, for a GPU that can only emulate bfloat16."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError(f"{flag} bf16: {torch.cuda.get_device_name(device)} has no bfloat16, "
-                         "leave it out")
+    """InputError, naming the flag that asked for it, where there is no bfloat16 but emulated."""
+    has = dict(
+        cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        mps=lambda: torch.backends.mps.is_macos_or_newer(14, 0))
+    if device.type in has and not has[device.type]():
+        raise InputError(f"{flag} bf16: {device_name(device)} has no bfloat16, leave it out")
+
+
+def device_name(device):
+    """What a person calls the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return dict(cpu="the CPU", mps="the Mac's GPU").get(device.type, str(device))
 
 
 def describe_device(accelerator, precision):
@@ -858,17 +856,13 @@ def describe_device(accelerator, precision):
     Without a GPU it says so if this PyTorch was built for one.
     """
     device = accelerator.device
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
-    else:
-        where = "the CPU" if device.type == "cpu" else str(device)
     processes = accelerator.num_processes
     many = f", {processes} processes" if processes > 1 else ""
     built_for = torch.version.cuda or torch.version.hip
     lost = device.type == "cpu" and built_for and not torch.cuda.is_available()
     hint = (f" (no usable GPU: if there is one, its driver may be too old for this PyTorch, built "
             f"for {built_for})")
-    return f"running on {where}{many}, in {precision}{hint if lost else ''}"
+    return f"running on {device_name(device)}{many}, in {precision}{hint if lost else ''}"
 
 
 class ProgressBar:
@@ -877,52 +871,32 @@ class ProgressBar:
     Use it as a context manager and call `advance`; both show the time left, and `note`.
     """
 
-    innermost = None  # of those that are open, the one that shows: a terminal has room for one
-
     def __init__(self, accelerator, text, total, done=0):
-        self.visible = accelerator.is_main_process
-        self.bar = None
-        self.text = text
-        self.total = total
-        self.done = done
+        console = rich.get_console()  # the same for all, so that one bar may stand in another
+        self.shown = accelerator.is_main_process
+        self.bar = Progress(
+            TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(),
+            TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console,
+            disable=not (self.shown and console.is_terminal))
+        self.bar.add_task(text, total=total, completed=done, note="")
         self.note = ""
-        self.first = done
-        self.began = time.monotonic()
-        self.last_line = self.began
+        self.last_line = time.monotonic()
 
     def __enter__(self):
-        self.outer, ProgressBar.innermost = ProgressBar.innermost, self
-        if self.outer and self.outer.bar:
-            self.outer.bar.stop()
-        console = Console()
-        if self.visible and console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(),
-                TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console,
-            )
-            self.bar.add_task(self.text, total=self.total, completed=self.done, note="")
-            self.bar.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *exception):
-        if self.bar:
-            self.bar.stop()
-        ProgressBar.innermost = self.outer
-        if self.outer and self.outer.bar:
-            self.outer.bar.start()
+        self.bar.stop()
 
-    def advance(self, count=1, note=None):
-        self.done += count
-        self.note = self.note if note is None else note
-        now = time.monotonic()
-        if self.bar:
-            self.bar.update(0, completed=self.done, note=self.note)
-        elif self.visible and now - self.last_line >= 30:
-            each = (now - self.began) / (self.done - self.first)
-            minutes = each * (self.total - self.done) / 60
-            print(f"{self.text} {self.done}/{self.total}, {minutes:.0f} min left  {self.note}",
+    def advance(self, count=1):
+        self.bar.update(0, advance=count, note=self.note)
+        if self.bar.disable and self.shown and time.monotonic() - self.last_line >= 30:
+            self.last_line = time.monotonic()
+            task = self.bar.tasks[0]
+            left = TimeRemainingColumn().render(task)
+            print(f"{task.description} {task.completed}/{task.total}, {left} left  {self.note}",
                   flush=True)
-            self.last_line = now
 
 
 class CompiledNetwork:
@@ -990,8 +964,7 @@ class CompiledNetwork:
         outputs = [self.network(x[r], t[r].float(), y[r]) for r in rows.split(self.batch)]
         return torch.cat(outputs)[:n]
 
-    def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=None):
-        return DiT.forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels)
+    forward_with_cfg = DiT.forward_with_cfg
 
     def __getattr__(self, name):  # what else DiT.forward_with_cfg asks for
         return getattr(self.model, name)
@@ -1043,13 +1016,11 @@ def parse_labels(text, names, wnids=()):
 
     Names may have commas themselves: the longest run of parts that is a whole name is one label.
     """
-    whole = {tuple(synonyms(name)) for name in names}
-    longest = max(map(len, whole))
-    parts = text.split(",")
-    labels = []
+    whole = [synonyms(name) for name in names]
+    parts, labels = text.split(","), []
     while parts:
-        runs = [n for n in range(2, longest + 1) if tuple(synonyms(",".join(parts[:n]))) in whole]
-        count = max(runs, default=1)
+        longest_first = range(len(parts), 1, -1)
+        count = next((n for n in longest_first if synonyms(",".join(parts[:n])) in whole), 1)
         labels.append(find_class(",".join(parts[:count]), names, wnids))
         parts = parts[count:]
     return labels

@@ -1,16 +1,23 @@
 """How fast this is beside others, on this machine, in one run. Not a test: pytest leaves it alone.
 
-    python tests/benchmark.py                      every section; or name some of
-    python tests/benchmark.py train sample         a training step; a guided sampling step
+    python tests/benchmark.py                      every section; or name some, each takes minutes
+    python tests/benchmark.py sample sample-xl     guided sampling steps of DiT-S/2, of DiT-XL/2
+    python tests/benchmark.py train update         a training step; what AdamW and EMA take of it
+    python tests/benchmark.py evaluate features    evaluate.py end to end; its features alone
+    python tests/benchmark.py frechet kid statistics neighbours      metrics beside other packages
+    python tests/benchmark.py jpeg listing cache startup         files, latents, --help
     python tests/benchmark.py losses               does bf16 learn as well as fp32? runs on digits
     python tests/benchmark.py steps --ckpt RUN     image quality against the number of steps
-    python tests/benchmark.py metrics data startup         metrics; reading data; --help
 
-The contenders of a table do equal work and take turns, so that a busy moment hits all of them. A
-row has the median time, the rate as a multiple of the first row's (median of the turns' ratios),
-the share of the machine's own matrix-product rate, measured just before, and the difference of its
-result from the first row's. The official code takes part where the environment's DIT_REPO is a copy
-of it (needs timm), torch-fidelity where it is installed.
+The contenders of a table do equal work, each at its best setting, and take turns, so that a busy
+moment hits all of them. A row has the median time, the rate as a multiple of the first row's
+(median of the turns' ratios), the share of the machine's own matrix-product rate, measured just
+before, and the difference of its result from the first row's. The last table has ours beside the
+best peer, with the spread of the turns. Tables are Markdown, for the README.
+
+The official code takes part where the environment's DIT_REPO is a copy of it (needs timm),
+torch-fidelity where it is installed. "Compiled" is torch.compile of the whole network, for ours
+what --compile does.
 """
 
 import argparse
@@ -31,6 +38,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,22 +46,22 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 import dit  # noqa: E402
 import evaluate  # noqa: E402
 import train_accelerate  # noqa: E402
-from gaussian_diffusion import create_diffusion  # noqa: E402
+from gaussian_diffusion import create_diffusion, create_process  # noqa: E402
 from sample_grid import (  # noqa: E402
     SAMPLING_FLAGS,
     Autoencoder,
+    CompiledNetwork,
+    IntervalGuidance,
     make_accelerator,
     sampling_settings,
 )
 
-SECTIONS = ("train", "losses", "sample", "steps", "metrics", "data", "startup")
 LOOP = 4  # sampling steps that are timed together
+SUMMARY = []  # the rows of the last table, one for each comparison of ours with a peer
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -81,19 +89,15 @@ def difference(result, reference):
 
 
 def print_table(title, columns, rows):
-    table = Table(columns[0], title=title)
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console(width=max(120, Console().width)).print(table)
+    print(f"\n{title}\n")
+    for row in [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]:
+        print("|", " | ".join(map(str, row)), "|", flush=True)
 
 
 def compare(title, contenders, args, macs=0):
     """Call the contenders, {name: function}, in turns, and print their table.
 
-    Returns {name: median seconds}.
-
+    Returns {name: median seconds}. Names that begin with "ours" are ours, the others are peers.
     macs: multiply-adds of a call; the share is of the bf16 rate where a name says so. The functions
     return what is to be compared, a tensor or number, or None. The first turn is not timed: it
     compiles and allocates.
@@ -119,10 +123,23 @@ def compare(title, contenders, args, macs=0):
             rows[-1].append(f"{max(difference(turn[i][1], turn[0][1]) for turn in turns):.1e}")
     columns = ["", "ms", "times the first"]
     columns += ["of the matrix product's rate"] * bool(macs) + ["difference"] * compared
-    for kind, rate in rates.items():
-        title += f"; {kind} matrix product {2 * rate / 1e9:.0f} GFLOP/s"
-    print_table(f"{title}; {torch.get_num_threads()} threads", columns, rows)
+    products = [f"; {kind} matrix product {2 * rate / 1e9:.0f} GFLOP/s"
+                for kind, rate in rates.items()]
+    print_table(f"{title}{''.join(products)}; {torch.get_num_threads()} threads", columns, rows)
+    summarize(title, dict(zip(contenders, seconds, strict=True)))
     return medians
+
+
+def summarize(work, seconds):
+    """Add to the last table our fastest and the fastest peer, of {name: seconds of each turn}."""
+    fastest = sorted(seconds, key=lambda name: statistics.median(seconds[name]))
+    ours = next((name for name in fastest if name.startswith("ours")), None)
+    peer = next((name for name in fastest if not name.startswith("ours")), None)
+    if ours and peer:
+        ratios = [b / a for a, b in zip(seconds[ours], seconds[peer], strict=True)]
+        shown = [f"{name}: {statistics.median(seconds[name]) * 1e3:.1f}" for name in (ours, peer)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        SUMMARY.append([work, *shown, spread])
 
 
 def installed(name):
@@ -158,13 +175,6 @@ def cases(args, *sizes):
     for name, batch in [("DiT-Ti/2", 2)] if args.quick else sizes:
         network = random_network(name, args.device, **small)
         yield f"{name}, batch {batch}", network, *random_batch(network, batch, args.device)
-
-
-def compile_blocks(network):
-    """What --compile does."""
-    for block in network.blocks:
-        block.compile()
-    return network
 
 
 class Diffusers(torch.nn.Module):
@@ -217,52 +227,88 @@ def official(network, respacing):
 # --------------------------------------------------------------------------------- train and sample
 
 
-def training_step(network, diffusion, x, y, precision, ours=False, compile=False):
-    """A function that takes an optimiser step and returns its loss.
+class TrainingStep:
+    """An optimiser step of a copy of the network, which returns its loss.
 
     The k-th steps of all contenders see the same noise.
     """
-    network, count = copy.deepcopy(network), itertools.count()
-    ema = copy.deepcopy(network).requires_grad_(False)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0, fused=ours or None)
-    if compile:
-        compile_blocks(network)
 
-    def step():
-        torch.manual_seed(next(count))
+    def __init__(self, network, diffusion, x, y, precision, ours=False, compiled=False):
+        self.x, self.y, self.precision, self.ours = x, y, precision, ours
+        self.diffusion, self.count = diffusion, itertools.count()
+        self.network = self.called = copy.deepcopy(network)
+        self.ema = copy.deepcopy(network).requires_grad_(False)
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0, fused=ours or None)
+        if compiled and ours:
+            for block in self.network.blocks:
+                block.compile()
+        elif compiled:
+            self.called = torch.compile(self.network)
+
+    def __call__(self):
+        loss = self.forward_and_backward()
+        self.adamw()
+        self.optimizer.zero_grad()
+        self.update_ema()
+        return loss
+
+    def forward_and_backward(self):
+        torch.manual_seed(next(self.count))
+        x, y = self.x, self.y
         t, noise = torch.randint(1000, y.shape, device=x.device), torch.randn_like(x)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = diffusion.training_losses(network, x, t, dict(y=y), noise=noise)["loss"].mean()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            losses = self.diffusion.training_losses(self.called, x, t, dict(y=y), noise=noise)
+            loss = losses["loss"].mean()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if ours:
-            train_accelerate.update_ema(ema, network, 0.9999, 10**6)
-        else:
-            pairs = zip(ema.parameters(), network.parameters(), strict=True)
-            with torch.no_grad():
-                for average, weight in pairs:
-                    average.lerp_(weight, 1e-4)
         return loss.detach()
 
-    return step
+    def adamw(self):
+        self.optimizer.step()
+
+    def update_ema(self):
+        if self.ours:
+            return train_accelerate.update_ema(self.ema, self.network, 0.9999, 10**6)
+        pairs = zip(self.ema.parameters(), self.network.parameters(), strict=True)
+        with torch.no_grad():
+            for average, weight in pairs:
+                average.lerp_(weight, 1e-4)
+
+
+def settings_of(args, *names):
+    """The (contender, precision, compiled) to try of each name; quick leaves compiled ones out."""
+    tries = [("fp32", False), ("bf16", False), ("bf16", True)]
+    for name, (precision, compiled) in itertools.product(names, tries):
+        if not (compiled and args.quick):
+            yield f"{name} {precision}{', compiled' if compiled else ''}", name, precision, compiled
 
 
 def train(args):
-    for name, network, x, y in cases(args, ("DiT-S/4", 32), ("DiT-S/2", 16)):
+    for name, network, x, y in cases(args, ("DiT-S/2", 16)):
         process = create_diffusion()
-        peers = {"official": official(network, ""), "diffusers": (Diffusers(network), process)}
+        networks = {"official": official(network, ""), "diffusers": (Diffusers(network), process),
+                    "ours": (network, process)}
         contenders = {}
-        for (who, peer), precision in itertools.product(peers.items(), PRECISIONS):
-            if peer:
-                contenders[f"{who} {precision}"] = training_step(*peer, x, y, precision)
-        own = partial(training_step, network, process, x, y, ours=True)
-        contenders |= {f"ours {precision}": own(precision) for precision in PRECISIONS}
-        if not args.quick:
-            contenders["ours bf16 compiled"] = own("bf16", compile=True)
+        for title, who, precision, compiled in settings_of(args, *networks):
+            if networks[who]:
+                contenders[title] = TrainingStep(
+                    *networks[who], x, y, precision, who == "ours", compiled)
         macs = 3 * len(x) * dit.count_macs(network.config)
         compare(f"training step with AdamW and EMA, {name}", contenders, args, macs)
+
+
+def update(args):
+    """What of a training step is not the network's."""
+    for name, network, x, y in cases(args, ("DiT-S/2", 32)):
+        step = TrainingStep(network, create_diffusion(), x, y, "bf16", True, not args.quick)
+        parts = {"forward and backward": step.forward_and_backward, "AdamW": step.adamw,
+                 "EMA": step.update_ema}
+        turns = [[clock(part, args.device)[0] for part in parts.values()]
+                 for _ in range(1 + args.rounds)][1:]
+        medians = [statistics.median(seconds) for seconds in zip(*turns, strict=True)]
+        rows = [[part, f"{seconds * 1e3:.1f}", f"{seconds / sum(medians):.1%}"]
+                for part, seconds in zip(parts, medians, strict=True)]
+        print_table(f"parts of a training step, bf16, compiled, {name}", ["", "ms", "share"], rows)
 
 
 def losses(args):
@@ -327,26 +373,34 @@ def official_sampling_steps(model, process, x, t, y, precision):
     return steps
 
 
-def sample(args):
-    for name, network, x, y in cases(args, ("DiT-S/2", 4), ("DiT-XL/2", 1)):
+def sample(args, case=("DiT-S/2", 4), compiled=True):
+    for name, network, x, y in cases(args, case):
         process, t, contenders = create_diffusion("250"), torch.full_like(y, 100), {}
-        if theirs := official(network, "250"):
-            contenders = {f"official {kind}": official_sampling_steps(*theirs, x, t, y, kind)
-                          for kind in PRECISIONS}
-        models = {"diffusers": partial(guided, Diffusers(network)),
-                  "ours": partial(network.forward_with_cfg, cfg_scale=4.0, cfg_channels=3)}
-        for (who, model), kind in itertools.product(models.items(), PRECISIONS):
-            contenders[f"{who} {kind}"] = sampling_steps(model, process, x, t, y, kind)
-        if not args.quick:
-            with torch.device("meta"):
-                twin = dit.DiT(**network.config)
-            twin.load_state_dict(network.state_dict(), assign=True)
-            twin = compile_blocks(twin.eval())
-            model = partial(twin.forward_with_cfg, cfg_scale=4.0, cfg_channels=3)
-            steps = sampling_steps(model, process, x, t, y, "bf16")
-            contenders["ours bf16, blocks compiled"] = steps
+        for title, who, precision, compile in settings_of(args, "official", "diffusers", "ours"):
+            if compile and not compiled:
+                continue
+            if who == "official":
+                theirs = official(network, "250")
+                if not theirs:
+                    continue
+                if compile:
+                    theirs[0].forward = torch.compile(theirs[0].forward)
+                contenders[title] = official_sampling_steps(*theirs, x, t, y, precision)
+                continue
+            if who == "diffusers":
+                model = Diffusers(network)
+                model = partial(guided, torch.compile(model) if compile else model)
+            else:
+                model = CompiledNetwork.of(network, precision, len(x)) if compile else network
+                model = partial(model.forward_with_cfg, cfg_scale=4.0, cfg_channels=3)
+            contenders[title] = sampling_steps(model, process, x, t, y, precision)
         macs = LOOP * 2 * len(x) * dit.count_macs(network.config)
         compare(f"{LOOP} guided DDPM steps, {name}", contenders, args, macs)
+
+
+def sample_xl(args):
+    """Not compiled: that alone takes minutes on a CPU."""
+    sample(args, ("DiT-XL/2", 1), compiled=False)
 
 
 def steps(args):
@@ -382,7 +436,14 @@ def steps(args):
 # ------------------------------------------------------------------------------------------ metrics
 
 
-def frechet(kind, mu, sigma, args):
+def frechet(args):
+    size, random = 32 if args.quick else 2048, np.random.RandomState(0)
+    for kind, count in (("full rank", 4 * size), ("half rank", size // 2)):
+        rows = random.randn(count, size) @ random.randn(size, size)
+        frechet_of(kind, *evaluate.compute_statistics(rows), args)
+
+
+def frechet_of(kind, mu, sigma, args):
     """Of two normals whose distance is known: the second covariance is 4 times the first."""
     from cleanfid import fid
 
@@ -395,12 +456,12 @@ def frechet(kind, mu, sigma, args):
         both = dict(mu=mu, sigma=sigma), dict(mu=mu2, sigma=sigma2)
         name = "frechet_inception_distance"
         contenders["torch-fidelity"] = lambda: fid_statistics_to_metric(*both, False)[name]
+    compare(f"Frechet distance of {len(mu)} features, {kind}", contenders, args)
     off = ", ".join(f"{name} {difference(f(), exact):.0e}" for name, f in contenders.items())
-    title = f"Frechet distance of {len(mu)} features, {kind}; relative errors: {off}"
-    compare(title, contenders, args)
+    print(f"\nrelative errors: {off}")
 
 
-def kernel_distance(args):
+def kid(args):
     """KID is a mean over subsets: ten of them tell the time of a hundred."""
     count, width, size = (60, 32, 50) if args.quick else (5000, 2048, 1000)
     random = np.random.default_rng(0)
@@ -417,7 +478,7 @@ def kernel_distance(args):
     compare(f"KID of {count} x {width} features, 10 subsets of {size}", contenders, args)
 
 
-def set_statistics(args):
+def statistics_of_features(args):
     rows = np.random.default_rng(0).normal(size=(200, 32) if args.quick else (10_000, 2048))
     rows = rows.astype(np.float32)
     wide = rows.astype(np.float64)  # as clean-fid and torch-fidelity do before they call numpy
@@ -442,34 +503,34 @@ def prc_child(who, real, fake, width):
     return seconds, values, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def precision_recall(args):
-    sizes, first, rows = (200, 400, 32) if args.quick else (10_000, 20_000, 2048), None, []
+def neighbours(args):
+    sizes, seconds_of, rows = (200, 400, 32) if args.quick else (10_000, 20_000, 2048), {}, []
     for who in ["torch-fidelity", "ours"] if installed("torch_fidelity") else ["ours"]:
         # The peak memory of a fresh process is its own.
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             seconds, values, peak = pool.submit(prc_child, who, *sizes).result()
-        first = first or seconds
-        rows.append([who, f"{seconds:.1f}", f"{first / seconds:.2f}", f"{peak:.2f}",
-                     *map("{:.4f}".format, values)])
-    columns = ["", "seconds", "times the first", "peak memory, GB", "precision", "recall"]
-    print_table("precision and recall, {} real x {} generated x {}".format(*sizes), columns, rows)
+        seconds_of[who] = [seconds]
+        rows.append([who, f"{seconds:.1f}", f"{peak:.2f}", *map("{:.4f}".format, values)])
+    title = "precision and recall, {} real x {} generated x {}".format(*sizes)
+    columns = ["", "seconds", "peak memory, GB", "precision", "recall"]
+    print_table(title, columns, rows)
+    summarize(title, seconds_of)
 
 
-def metrics(args):
-    size, random = 32 if args.quick else 2048, np.random.RandomState(0)
-    for kind, count in (("full rank", 4 * size), ("half rank", size // 2)):
-        rows = random.randn(count, size) @ random.randn(size, size)
-        frechet(kind, *evaluate.compute_statistics(rows), args)
-    kernel_distance(args)
-    set_statistics(args)
-    precision_recall(args)
+# --------------------------------------------------------------------------- evaluate.py as a whole
 
-    # The evaluator's own share of the time.
-    accelerator, count = make_accelerator(), 8 if args.quick else 512
-    network = evaluate.load_features("efficientnet-lite0", args.device)
-    pixels = random.randint(256, size=(count, 64, 64, 3), dtype=np.uint8)
+
+def noise_images(count, side):
+    """ImageData of random pictures, side pixels high and wide."""
+    pixels = np.random.RandomState(0).randint(256, size=(count, side, side, 3), dtype=np.uint8)
     images = [Image.fromarray(image) for image in pixels]
-    data = evaluate.ImageData("noise", images, [0] * count, None, 64)
+    return evaluate.ImageData("noise", images, [0] * count, None, side)
+
+
+def features(args):
+    """The evaluator's own share of the time."""
+    accelerator, data = make_accelerator(), noise_images(8 if args.quick else 512, 64)
+    network = evaluate.load_features("efficientnet-lite0", args.device)
     batches = list(evaluate.image_batches(data, accelerator))
 
     def alone():
@@ -479,8 +540,61 @@ def metrics(args):
     def evaluator():
         evaluate.reference_features(data, network, accelerator, ("fid",))
 
-    contenders = {"the feature network alone": alone, "the evaluator": evaluator}
-    compare(f"features and statistics of {count} images", contenders, args)
+    contenders = {"the feature network alone": alone, "ours, the evaluator": evaluator}
+    compare(f"features and statistics of {len(data)} images", contenders, args)
+
+
+@contextlib.contextmanager
+def timed(owner, name, seconds, part, device):
+    """Within it the time of every call of owner.name is added to seconds[part]."""
+    function = getattr(owner, name)
+
+    def wrapper(*args, **kwargs):
+        took, result = clock(partial(function, *args, **kwargs), device)
+        seconds[part] += took
+        return result
+
+    with mock.patch.object(owner, name, wrapper):
+        yield
+
+
+def evaluation(args):
+    """Where the time goes from noise to a metric, with networks of the usual sizes.
+
+    Weights are random: that of Stable Diffusion's VAE, whose shape this one has, is a download.
+    """
+    from diffusers import AutoencoderKL
+
+    count, channels = (2, (4, 4, 4, 4)) if args.quick else (8, (128, 256, 512, 512))
+    vae = AutoencoderKL(
+        block_out_channels=channels, layers_per_block=2, latent_channels=4,
+        norm_num_groups=min(channels[0], 32), down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4)
+    vae = vae.to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    vae = Autoencoder(vae, "random")
+    name, size = ("DiT-Ti/2", 8) if args.quick else ("DiT-S/2", 32)
+    network = random_network(name, args.device, input_size=size)
+    reader = evaluate.load_features("efficientnet-lite0", args.device)
+    accelerator, data = make_accelerator(), noise_images(8, size * vae.factor)
+    reference = evaluate.reference_features(data, reader, accelerator, ("fid",))
+
+    rows = []
+    for dtype, compile in [("fp32", False)] if args.quick else [("fp32", False), ("bf16", True)]:
+        process = create_process("ddpm", "dpm++", 20)
+        seconds = dict.fromkeys(("compiling", "network", "VAE", "features"), 0.0)
+        with (timed(CompiledNetwork, "of", seconds, "compiling", args.device),
+              timed(IntervalGuidance, "__call__", seconds, "network", args.device),
+              timed(Autoencoder, "decode", seconds, "VAE", args.device),
+              timed(type(reader), "__call__", seconds, "features", args.device)):
+            total, _ = clock(partial(
+                evaluate.evaluate_model, network, process, vae, reference, reader, count,
+                accelerator, ("fid",), batch_size=4, intervals=False, cfg_scale=1.5,
+                sampler="dpm++", dtype=dtype, compile=compile), args.device)
+        parts = [*seconds.values(), total - sum(seconds.values()), total]
+        rows.append([f"{dtype}{', --compile' if compile else ''}", *map("{:.1f}".format, parts)])
+    columns = ["", *seconds, "the rest", "all"]
+    title = f"evaluate.py with {count} generated samples of {size * vae.factor} px, {name}"
+    print_table(f"{title}, 20 steps of dpm++ with guidance: seconds", columns, rows)
 
 
 # ----------------------------------------------------------------------------------- data and start
@@ -492,66 +606,66 @@ def quiet_load(folder, size):
         return evaluate.load_data(str(folder), size)
 
 
-def read_jpegs(folder, count, args):
+def jpeg(args):
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import Compose, Normalize, ToTensor
 
-    random = np.random.RandomState(0)
-    (folder / "class").mkdir(parents=True)
-    for i in range(count):
-        pixels = random.randint(256, size=(24, 32, 3), dtype=np.uint8)
-        image = Image.fromarray(pixels).resize((500, 375))
-        image.save(folder / "class" / f"{i:04d}.jpg", quality=90)
-    crop = partial(evaluate.center_crop_arr, image_size=256)
-    theirs = ImageFolder(folder, Compose([crop, ToTensor(), Normalize([0.5] * 3, [0.5] * 3)]))
-    ours = quiet_load(folder, 256)
-    compare(f"{count} JPEG files of 500 x 375 pixels as tensors of 256 x 256", {
-        "torchvision's ImageFolder": lambda: torch.stack([theirs[i][0] for i in range(count)]),
-        "ours": lambda: torch.stack([ours[i][0] for i in range(count)]) / 127.5 - 1,
-    }, args)
+    random, count = np.random.RandomState(0), 16 if args.quick else 256
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "class").mkdir()
+        for i in range(count):
+            pixels = random.randint(256, size=(24, 32, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels).resize((500, 375))
+            image.save(Path(folder) / "class" / f"{i:04d}.jpg", quality=90)
+        crop = partial(evaluate.center_crop_arr, image_size=256)
+        theirs = ImageFolder(folder, Compose([crop, ToTensor(), Normalize([0.5] * 3, [0.5] * 3)]))
+        ours = quiet_load(folder, 256)
+        compare(f"{count} JPEG files of 500 x 375 pixels as tensors of 256 x 256", {
+            "torchvision's ImageFolder": lambda: torch.stack([theirs[i][0] for i in range(count)]),
+            "ours": lambda: torch.stack([ours[i][0] for i in range(count)]) / 127.5 - 1,
+        }, args)
 
 
-def open_folder(folder, classes, files, args):
-    """Finding the files and numbering the classes; no image is read."""
+def listing(args):
+    """Finding ImageNet's files and numbering its classes; no image is read."""
     from torchvision.datasets import ImageFolder
 
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "PNG")
-    for c in range(classes):
-        (folder / f"n{c:08d}").mkdir(parents=True)
-        for i in range(files):
-            (folder / f"n{c:08d}" / f"{i:06d}.png").write_bytes(file.getvalue())
-    compare(f"opening a folder of {classes} classes, {classes * files} files", {
-        "torchvision's ImageFolder": lambda: torch.tensor(ImageFolder(folder).targets),
-        "ours": lambda: torch.from_numpy(quiet_load(folder, 8).labels),
-    }, args)
+    # A file has so many names at most that a few of them make all.
+    classes, count = (4, 16) if args.quick else (1000, 1_281_167)
+    with tempfile.TemporaryDirectory() as folder:
+        for c in range(classes):
+            inside = Path(folder) / "images" / f"n{c:08d}"
+            inside.mkdir(parents=True)
+            first = inside / f"{c:07d}.png"
+            Image.new("RGB", (8, 8)).save(first)
+            for i in range(c + classes, count, classes):
+                os.link(first, inside / f"{i:07d}.png")
+        folder = Path(folder) / "images"
+        compare(f"listing a folder of {classes} classes, {count} files", {
+            "torchvision's ImageFolder": lambda: torch.tensor(ImageFolder(folder).targets),
+            "ours": lambda: torch.from_numpy(quiet_load(folder, 8).labels),
+        }, args)
 
 
-def read_cache(folder, count, args):
+def cache(args):
+    count = 16 if args.quick else 256
     rows = [(torch.randn(2, 8, 32, 32).half(), 0) for _ in range(count)]
-    train_accelerate.write_shard(folder / "shard.safetensors", rows, [], {})
-    cache = train_accelerate.LatentCache([folder / "shard.safetensors"], [count], [])
-    order = torch.randperm(count).tolist()
     network = random_network("DiT-Ti/2" if args.quick else "DiT-S/8", args.device)
     batch = random_batch(network, 32, args.device)
-    step = training_step(network, create_diffusion(), *batch, "bf16", ours=True)
-    title = f"{count} latents from the cache, and a training step of 32, DiT-S/8"
-    medians = compare(title, {
-        "training bf16": lambda: step() and None,
-        "latent cache": lambda: [cache[i, False] for i in order] and None,
-    }, args)
+    step = TrainingStep(network, create_diffusion(), *batch, "bf16", ours=True)
+    order = torch.randperm(count).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder) / "shard.safetensors"
+        train_accelerate.write_shard(shard, rows, [], {})
+        latents = train_accelerate.LatentCache([shard], [count], [])
+        title = f"{count} latents from the cache, and a training step of 32, DiT-S/8"
+        medians = compare(title, {
+            "training bf16": lambda: step() and None,
+            "latent cache": lambda: [latents[i, False] for i in order] and None,
+        }, args)
     read, trained = count / medians["latent cache"], 32 / medians["training bf16"]
     print(f"latents read {read:.0f} a second, trained {trained:.0f}: {read / trained:.0f} times as "
           "fast")
-
-
-def data(args):
-    count = 16 if args.quick else 256
-    classes, files = (4, 4) if args.quick else (1000, 50)
-    with tempfile.TemporaryDirectory() as folder:
-        read_jpegs(Path(folder) / "jpeg", count, args)
-        open_folder(Path(folder) / "many", classes, files, args)
-        read_cache(Path(folder), count, args)
 
 
 def startup(args):
@@ -567,18 +681,31 @@ def startup(args):
     compare("starting", contenders, args)
 
 
+SECTIONS = {
+    "train": train, "update": update, "sample": sample, "sample-xl": sample_xl,
+    "evaluate": evaluation, "features": features, "frechet": frechet, "kid": kid,
+    "statistics": statistics_of_features, "neighbours": neighbours, "jpeg": jpeg,
+    "listing": listing, "cache": cache, "startup": startup, "losses": losses, "steps": steps,
+}
+
+
 def main(args):
     args.device = make_accelerator().device
-    args.rounds = args.rounds or (1 if args.quick else 7)
+    args.rounds = args.rounds or (1 if args.quick else 3)
     for section in args.section or SECTIONS:
-        globals()[section](args)
+        began = time.monotonic()
+        SECTIONS[section](args)
+        print(f"\n({section}: {time.monotonic() - began:.0f} s)", flush=True)
+    if SUMMARY:
+        columns = ["", "ms", "best peer, ms", "times the best peer (the turns)"]
+        print_table("ours beside the best peer", columns, SUMMARY)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Measure speed beside other implementations.")
     add = parser.add_argument
     add("section", nargs="*", help=f"{', '.join(SECTIONS)} (default: all)")
-    add("--rounds", type=int, help="turns of the contenders (default: 7)")
+    add("--rounds", type=int, help="turns of the contenders (default: 3)")
     add("--steps", type=int, default=1500,
         help="training steps of `losses` (default: %(default)s)")
     add("--ckpt", help="a run on digits, for `steps` (default: leave that out)")

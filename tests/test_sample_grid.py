@@ -12,19 +12,28 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers import small_dit
+from helpers import (
+    CLASS_NAMES,
+    ROOT,
+    command,
+    refused,
+    save_small_dit,
+    save_vae,
+    small_dit,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import sample_grid
-from dit import InputError, RankLocalError, load_checkpoint, reach_hub, save_checkpoint
+from dit import InputError, RankLocalError, load_checkpoint, reach_hub
 from gaussian_diffusion import FlowMatching, create_diffusion
 from sample_grid import (
     Autoencoder,
@@ -39,43 +48,36 @@ from sample_grid import (
     synonyms,
 )
 
-ROOT = Path(__file__).parent.parent
-NAMES = ["tench, Tinca tinca", "golden retriever", "Labrador retriever", "otter"]
-TEN = [str(c) for c in range(10)]
-
-
-def save_small(path, metadata=None, **overrides):
-    metadata = dict(vae="none", class_names=NAMES) | (metadata or {})
-    save_checkpoint(path, small_dit(**overrides), **metadata)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    return save_small(tmp_path_factory.mktemp("ckpt") / "small.safetensors")
-
 
 @pytest.fixture(scope="module")
 def kl_folder(tmp_path_factory):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("kl")
-    AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4,
-                  scaling_factor=0.5,
-                  shift_factor=0.1, down_block_types=["DownEncoderBlock2D"] * 2,
-                  up_block_types=["UpDecoderBlock2D"] * 2).save_pretrained(folder)
-    return str(folder)
+    return str(save_vae(tmp_path_factory.mktemp("kl"), scaling_factor=0.5, shift_factor=0.1))
 
 
-def draw(ckpt, folder, *flags, steps=3, output="out.png"):
-    """Run the command line in this process; the picture it wrote, as PIL image."""
-    steps = [] if any("num-sampling-steps" in str(f) or "num_sampling" in str(f)
-                      for f in flags) else [steps]
-    words = ["--ckpt", ckpt, "--output", folder / output, *flags,
-             *(["--num-sampling-steps", *steps] if steps else [])]
-    sample_grid.main(sample_grid.parse_args([str(word) for word in words]))
-    return Image.open(folder / output)
+@pytest.fixture
+def draw(small_ckpt, tmp_path):
+    """Run the command line in this process; the picture it wrote, as PIL image.
+
+    steps: None leaves them to the weights, or to the flags.
+    """
+    def draw(*flags, ckpt=small_ckpt, steps=3, output="out.png"):
+        counted = ["--num-sampling-steps", steps] if steps else []
+        command(sample_grid, "--ckpt", ckpt, "--output", tmp_path / output, *counted, *flags)
+        return Image.open(tmp_path / output)
+
+    return draw
+
+
+def draw_again(picture, folder):
+    """The picture that the command in a picture draws."""
+    words = shlex.split(picture.text["command"])
+    assert words[:2] == ["python", "sample_grid.py"]
+    command(sample_grid, *words[2:], "--output", folder / "again.png")
+    return Image.open(folder / "again.png")
+
+
+def same_pixels(picture, other):
+    return np.array_equal(np.asarray(picture), np.asarray(other))
 
 
 def cells(image, columns, rows=1, captions=False, margin=2):
@@ -89,11 +91,9 @@ def cells(image, columns, rows=1, captions=False, margin=2):
     return np.stack(out)
 
 
-def refused(ckpt, folder, *flags):
-    with pytest.raises(InputError) as error:
-        draw(ckpt, folder, *flags)
-    assert not list(folder.iterdir())
-    return str(error.value)
+def shows(cells, images):
+    """Whether cells are these images (N, 3, 8, 8)."""
+    return np.array_equal(cells, images.permute(0, 2, 3, 1).numpy())
 
 
 # ----------------------------------------------------------------------------------------- the VAE
@@ -174,12 +174,7 @@ STATISTICS = dict(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 2.0, 1.5
 
 def kl_with(folder, **config):
     """A small AutoencoderKL's folder, its config.json changed."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
-                  ).save_pretrained(folder)
-    path = folder / "config.json"
+    path = save_vae(folder, scaling_factor=0.5) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return str(folder)
 
@@ -394,14 +389,16 @@ def test_frozen_weights_are_compiled_anew_when_they_have_changed(compilations):
     assert compilations == [True, False, True, True]
 
 
-def test_without_a_compiler_it_is_said(ckpt, tmp_path, monkeypatch):
+def test_without_a_compiler_it_is_said(draw, monkeypatch, capsys):
     def broken(graph, inputs):
         raise RuntimeError("no C++ compiler")
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, backend=broken))
-    message = refused(ckpt, tmp_path, "--compile")
-    assert "--compile does not work here, leave it out: " in message and "no C++ comp" in message
+    with pytest.raises(SystemExit):
+        draw("--compile")
+    said = capsys.readouterr().err
+    assert "--compile does not work here, leave it out: " in said and "no C++ compiler" in said
     assert sample_grid.CompiledNetwork.last is None
 
 
@@ -424,7 +421,7 @@ def test_compiled_pictures_are_the_same_up_to_rounding(dtype):
         assert difference.max() <= (1 if dtype == "fp32" else 30) and difference.float().mean() < 3
 
 
-def test_latents_that_are_not_finite_are_no_black_picture(ckpt, tmp_path):
+def test_latents_that_are_not_finite_are_no_black_picture(draw, tmp_path):
     model, diffusion, vae = small_dit(), create_diffusion("5"), Autoencoder(channels=1)
     model.y_embedder.embedding_table.weight.data[2] = math.nan
     y = torch.tensor([0, 2, 1])
@@ -446,7 +443,7 @@ def test_latents_are_decoded_by_the_vae(kl_folder):
 
 def test_class_grid_has_a_column_for_each_class():
     model, diffusion, vae = small_dit(), create_diffusion("2"), Autoencoder(channels=1)
-    model.metadata = dict(class_names=NAMES)
+    model.metadata = dict(class_names=CLASS_NAMES)
     images, nrow, text = class_grid(model, diffusion, vae, 2, 5, Accelerator(cpu=True))
     assert images.shape == (8, 3, 8, 8) and nrow == 4
     assert text[:2] == ["tench, seed 5", "golden retriever, seed 6"] and text[4] == "tench, seed 9"
@@ -486,7 +483,7 @@ def test_out_of_memory_takes_smaller_batches(monkeypatch, capsys):
 def test_classes_by_name_synonym_and_number():
     for text, number in (("golden retriever", 1), (" GOLDEN Retriever ", 1), ("Tinca tinca", 0),
                          ("3", 3)):
-        assert find_class(text, NAMES) == number
+        assert find_class(text, CLASS_NAMES) == number
     # a name goes first
     assert find_class("10", ["1", "10", "2"]) == 1 and find_class("0", ["1", "10", "2"]) == 0
     assert find_class("7", ["a, 7", "b"] * 1 + list("cdefgh")) == 7  # a synonym does not
@@ -499,13 +496,13 @@ def test_classes_by_name_synonym_and_number():
         find_class("CAT", ["Cat", "cat"])
     with pytest.raises(InputError,
                        match=r"no class 'golden retreiver'.*golden retriever \(1\).*0 to 3"):
-        find_class("golden retreiver", NAMES)
+        find_class("golden retreiver", CLASS_NAMES)
     with pytest.raises(InputError,
                        match=r"golden retriever \(1\), labrador retriever \(2\)|labrador.*golden"):
-        find_class("retriever", NAMES)
+        find_class("retriever", CLASS_NAMES)
     for text in ("4", "-1", "", "2.0", "\N{SUPERSCRIPT TWO}"):
         with pytest.raises(InputError, match="0 to 3"):
-            find_class(text, NAMES)
+            find_class(text, CLASS_NAMES)
 
 
 words = st.text(st.characters(categories=["Ll", "Lu", "Nd", "Zs"]), min_size=1, max_size=8).filter(
@@ -537,7 +534,7 @@ def test_classes_are_found_by_their_names_or_said_why_not(names, data):
     ("1,3", [1, 3]), ("tench, Tinca tinca", [0]), ("otter,tench,tinca tinca,0", [3, 0, 0]),
     ("Tinca tinca, tench", [0, 0]), ("otter", [3]), ("tench , golden retriever", [0, 1])])
 def test_names_may_have_commas(text, labels):
-    assert parse_labels(text, NAMES) == labels
+    assert parse_labels(text, CLASS_NAMES) == labels
 
 
 def test_wordnet_ids_come_from_the_metadata():
@@ -581,17 +578,17 @@ def test_imagenets_names_are_known():
 # ---------------------------------------------------------------------------- the flags, in pixels
 
 
-def test_labels_nrow_and_captions(ckpt, tmp_path):
-    image = draw(ckpt, tmp_path, "--class-labels", "golden retriever,3,tinca TINCA",
+def test_labels_nrow_and_captions(draw, tmp_path):
+    image = draw("--class-labels", "golden retriever,3,tinca TINCA",
                  "--no-captions", "--nrow", "2")
     assert image.size == (2 + 2 * 66, 2 + 2 * 66)
     drawn = cells(image, 2, 2)
     expected = sample_images(small_dit(), create_diffusion("3"), Autoencoder(channels=1),
                              torch.tensor([1, 3, 0]),
                              [0, 1, 2], cfg_scale=4.0)
-    assert np.array_equal(drawn[:3], expected.permute(0, 2, 3, 1).numpy())
+    assert shows(drawn[:3], expected)
     assert (drawn[3] == 255).all()  # an empty place
-    captioned = draw(ckpt, tmp_path, "--class-labels", "golden retriever,3,tinca TINCA",
+    captioned = draw("--class-labels", "golden retriever,3,tinca TINCA",
                      "--nrow", "2")
     assert captioned.size == (134, 134 + 2 * 13)
     assert np.array_equal(cells(captioned, 2, 2, captions=True), drawn)
@@ -599,27 +596,27 @@ def test_labels_nrow_and_captions(ckpt, tmp_path):
     assert strip.min() < 100 and strip.max() == 255  # letters
 
 
-def test_default_grid_has_columns_of_classes(ckpt, tmp_path):
-    drawn = cells(draw(ckpt, tmp_path, "--no-captions"), 4, 4)
+def test_default_grid_has_columns_of_classes(draw, tmp_path):
+    drawn = cells(draw("--no-captions"), 4, 4)
     drawer = small_dit(), create_diffusion("3"), Autoencoder(channels=1)
     expected = class_grid(*drawer, 4, 0, Accelerator(cpu=True), cfg_scale=4.0)[0]
-    assert np.array_equal(drawn, expected.permute(0, 2, 3, 1).numpy())
+    assert shows(drawn, expected)
 
 
-def test_images_per_class_repeats_the_labels(ckpt, tmp_path):
-    drawn = cells(draw(ckpt, tmp_path, "--class-labels", "1,2", "--images-per-class", "3",
+def test_images_per_class_repeats_the_labels(draw, tmp_path):
+    drawn = cells(draw("--class-labels", "1,2", "--images-per-class", "3",
                        "--no-captions"), 2, 3)
-    flat = cells(draw(ckpt, tmp_path, "--class-labels", "1,2,1,2,1,2", "--nrow", "2",
+    flat = cells(draw("--class-labels", "1,2,1,2,1,2", "--nrow", "2",
                       "--no-captions"), 2, 3)
     assert np.array_equal(drawn, flat) and not np.array_equal(drawn[0], drawn[2])
 
 
-def test_seed_and_batches_do_what_they_say(ckpt, tmp_path):
+def test_seed_and_batches_do_what_they_say(draw, tmp_path):
     flags = ["--class-labels", "1,1,1", "--no-captions"]
-    first = cells(draw(ckpt, tmp_path, *flags), 3)
-    shifted = cells(draw(ckpt, tmp_path, *flags, "--seed", "1"), 3)
+    first = cells(draw(*flags), 3)
+    shifted = cells(draw(*flags, "--seed", "1"), 3)
     assert np.array_equal(first[1:], shifted[:2]) and not np.array_equal(first[0], shifted[0])
-    batched = cells(draw(ckpt, tmp_path, *flags, "--per-proc-batch-size", "1"), 3)
+    batched = cells(draw(*flags, "--per-proc-batch-size", "1"), 3)
     assert np.abs(batched.astype(int) - first).max() <= 1
 
 
@@ -632,38 +629,36 @@ def test_seed_and_batches_do_what_they_say(ckpt, tmp_path):
     (["--guidance-interval", "0,1000"], True),
     (["--num-sampling-steps", "3"], True), (["--vae", "none"], True), (["--no-tf32"], True),
     (["--num-classes", "4", "--image-size", "8"], True), (["--no-compile"], True)])
-def test_sampling_flags_change_the_pixels(ckpt, tmp_path, flags, same):
-    base = cells(draw(ckpt, tmp_path, "--class-labels", "1,2", "--no-captions"), 2)
-    changed = cells(draw(ckpt, tmp_path, "--class-labels", "1,2", "--no-captions", *flags), 2)
+def test_sampling_flags_change_the_pixels(draw, tmp_path, flags, same):
+    base = cells(draw("--class-labels", "1,2", "--no-captions"), 2)
+    changed = cells(draw("--class-labels", "1,2", "--no-captions", *flags), 2)
     assert np.array_equal(base, changed) == same
 
 
-def test_dpm_solver_takes_trailing_steps(ckpt, tmp_path):
-    drawn = cells(draw(ckpt, tmp_path, "--class-labels", "1", "--sampler", "dpm++", "--no-captions",
+def test_dpm_solver_takes_trailing_steps(draw, tmp_path):
+    drawn = cells(draw("--class-labels", "1", "--sampler", "dpm++", "--no-captions",
                        steps=4), 1)
     expected = sample_images(small_dit(), create_diffusion("trailing4"), Autoencoder(channels=1),
                              torch.tensor([1]),
                              [0], cfg_scale=4.0, sampler="dpm++")
-    assert np.array_equal(drawn, expected.permute(0, 2, 3, 1).numpy())
+    assert shows(drawn, expected)
 
 
 @pytest.mark.parametrize(("objective", "flags", "sampler"), [
     ("flow", [], "euler"), ("flow", ["--sampler", "heun"], "heun"),
     ("sit", ["--sampler", "sde"], "sde"), (None, ["--objective", "sit"], "euler"),
     (None, ["--objective", "flow"], "euler")])
-def test_sampling_follows_the_objective(tmp_path, objective, flags, sampler):
+def test_sampling_follows_the_objective(draw, tmp_path, objective, flags, sampler):
     path = tmp_path / "a.safetensors"
-    weights = save_small(path, dict(objective=objective) if objective else None)
-    image = draw(weights, tmp_path, "--class-labels", "1,2", "--no-captions", *flags, steps=4)
+    weights = save_small_dit(path, dict(objective=objective) if objective else None)
+    image = draw("--class-labels", "1,2", "--no-captions", *flags, ckpt=weights, steps=4)
     flow = FlowMatching(4, "sit" if "sit" in (objective, *flags) else "ddpm")
     expected = sample_images(small_dit(), flow, Autoencoder(channels=1), torch.tensor([1, 2]),
                              [0, 1], cfg_scale=4.0, sampler=sampler)
-    assert np.array_equal(cells(image, 2), expected.permute(0, 2, 3, 1).numpy())
+    assert shows(cells(image, 2), expected)
     settings = json.loads(image.text["settings"])
     assert (settings["objective"], settings["sampler"]) == (flow.objective, sampler)
-    words = shlex.split(image.text["command"])[2:]
-    sample_grid.main(sample_grid.parse_args([*words, "--output", str(tmp_path / "again.png")]))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(image))
+    assert same_pixels(draw_again(image, tmp_path), image)
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -671,16 +666,14 @@ def test_sampling_follows_the_objective(tmp_path, objective, flags, sampler):
     (["--sampler", "euler", "--eta", "0.5"], "ddim alone"),
     (["--sampler", "sde", "--num-sampling-steps", "1"], "sde needs 2 or more steps"),
     (["--objective", "ddpm"], "was trained with --objective flow, not ddpm")])
-def test_what_a_flow_refuses(tmp_path, flags, words):
-    flow = save_small(tmp_path / "flow.safetensors", dict(objective="flow"))
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    assert words in refused(flow, folder, *flags)
+def test_what_a_flow_refuses(tmp_path, capsys, flags, words):
+    flow = save_small_dit(tmp_path / "flow.safetensors", dict(objective="flow"))
+    assert words in refused(capsys, sample_grid, "--ckpt", flow, *flags)
 
 
 def test_a_notebook_draws_with_the_settings_of_the_run(tmp_path):
     suggested = dict(num_sampling_steps=2, cfg_scale=1.5)
-    path = save_small(tmp_path / "a.safetensors", dict(sampling=suggested))
+    path = save_small_dit(tmp_path / "a.safetensors", dict(sampling=suggested))
     model = load_checkpoint(path)
     images = sample_grid.draw(model, [3, "tench", 1], seed=5)
     expected = sample_images(small_dit(), create_diffusion("2"), Autoencoder(channels=1),
@@ -699,37 +692,35 @@ def test_a_notebook_draws_with_the_settings_of_the_run(tmp_path):
         sample_grid.draw(model, [0], steps=5)
 
 
-def test_eta_changes_ddim(ckpt, tmp_path):
-    images = [cells(draw(ckpt, tmp_path, "--class-labels", "1", "--sampler", "ddim",
+def test_eta_changes_ddim(draw, tmp_path):
+    images = [cells(draw("--class-labels", "1", "--sampler", "ddim",
                          "--no-captions", *eta), 1)
               for eta in ([], ["--eta", "0"], ["--eta", "1"])]
     assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
 
 
-def test_cfg_channels_guides_the_first_ones(tmp_path):
-    colour = save_small(tmp_path / "colour.safetensors", in_channels=3)
-    one, three, all_ = (cells(draw(colour, tmp_path, "--class-labels", "1", "--no-captions",
-                                   *flags), 1)
-                        for flags in (["--cfg-channels", "1"], ["--cfg-channels", "3"], []))
+def test_cfg_channels_guides_the_first_ones(draw, tmp_path):
+    colour = save_small_dit(tmp_path / "colour.safetensors", in_channels=3)
+    one, three, all_ = (
+        cells(draw("--class-labels", "1", "--no-captions", *flags, ckpt=colour), 1)
+        for flags in (["--cfg-channels", "1"], ["--cfg-channels", "3"], []))
     assert np.array_equal(three, all_) and not np.array_equal(one, all_)
 
 
-def test_suggested_sampling_comes_with_the_weights(tmp_path):
-    with_data = save_small(tmp_path / "a.safetensors",
-                           dict(sampling=dict(num_sampling_steps=2, cfg_scale=1.5)))
-    picture = draw(with_data, tmp_path, "--class-labels", "1", "--no-captions", steps=2)
-    words = ["--ckpt", with_data, "--class-labels", "1", "--no-captions", "--output",
-             str(tmp_path / "b.png")]
-    sample_grid.main(sample_grid.parse_args(words))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), np.asarray(picture))
-    settings = json.loads(Image.open(tmp_path / "b.png").text["settings"])
-    assert (settings["num_sampling_steps"], settings["cfg_scale"]) == (2, 1.5)
+def test_suggested_sampling_comes_with_the_weights(draw, tmp_path):
+    suggested = dict(num_sampling_steps=2, cfg_scale=1.5)
+    weights = save_small_dit(tmp_path / "a.safetensors", dict(sampling=suggested))
+    flags = ["--class-labels", "1", "--no-captions"]
+    picture = draw(*flags, "--cfg-scale", "1.5", ckpt=weights, steps=2)
+    unasked = draw(*flags, ckpt=weights, steps=None, output="b.png")
+    assert same_pixels(unasked, picture)
+    assert json.loads(unasked.text["settings"]).items() >= suggested.items()
 
 
-def test_vae_flag_decodes(tmp_path, kl_folder):
-    latent = save_small(tmp_path / "latent.safetensors", dict(vae="ema"), in_channels=4)
-    image = draw(latent, tmp_path, "--vae", kl_folder, "--class-labels", "0,1", "--no-captions",
-                 "--image-size", "16")
+def test_vae_flag_decodes(draw, tmp_path, kl_folder):
+    latent = save_small_dit(tmp_path / "latent.safetensors", dict(vae="ema"), in_channels=4)
+    image = draw("--vae", kl_folder, "--class-labels", "0,1", "--no-captions", "--image-size", "16",
+                 ckpt=latent)
     assert image.size == (2 + 2 * 66, 2 + 66)
     assert json.loads(image.text["settings"])["vae"] == kl_folder
     vae = Autoencoder.load(kl_folder)
@@ -740,33 +731,27 @@ def test_vae_flag_decodes(tmp_path, kl_folder):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp", ".PNG"])
-def test_formats(ckpt, tmp_path, suffix):
-    exact = np.asarray(draw(ckpt, tmp_path, "--class-labels", "1,2",
-                            output="exact.png")).astype(int)
-    image = draw(ckpt, tmp_path, "--class-labels", "1,2", output=f"out{suffix}")
-    assert image.format == {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG",
-                            "webp": "WEBP"}[suffix[1:].lower()]
+def test_formats(draw, suffix):
+    exact = np.asarray(draw("--class-labels", "1,2", output="exact.png")).astype(int)
+    image = draw("--class-labels", "1,2", output=f"out{suffix}")
+    assert image.format == sample_grid.FORMATS[suffix.lower()]
     allowed = 0.01 if image.format == "PNG" else 8
     assert np.abs(np.asarray(image.convert("RGB")) - exact).mean() < allowed
 
 
-def test_the_picture_tells_how_to_draw_it_again(ckpt, tmp_path):
-    first = draw(ckpt, tmp_path, "--class-labels", "golden retriever,3", "--seed", "5", "--sampler",
+def test_the_picture_tells_how_to_draw_it_again(draw, small_ckpt, tmp_path):
+    first = draw("--class-labels", "golden retriever,3", "--seed", "5", "--sampler",
                  "ddim", "--eta", "0.5", "--cfg-scale", "2", "--guidance-interval", "0.1,50",
-                 "--no-captions",
-                 "--images-per-class", "2")
+                 "--no-captions", "--images-per-class", "2")
     settings = json.loads(first.text["settings"])
-    assert settings["seed"] == 5 and settings["ckpt"] == ckpt
+    assert settings["seed"] == 5 and settings["ckpt"] == small_ckpt
     assert settings["class_labels"] == "golden retriever,3"
-    words = shlex.split(first.text["command"])
-    assert words[:2] == ["python", "sample_grid.py"]
-    sample_grid.main(sample_grid.parse_args([*words[2:], "--output", str(tmp_path / "again.png")]))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(first))
+    assert same_pixels(draw_again(first, tmp_path), first)
 
 
-def test_trajectory_shows_the_prediction_along_the_way(ckpt, tmp_path):
+def test_trajectory_shows_the_prediction_along_the_way(draw, tmp_path):
     flags = ["--class-labels", "1,2", "--no-captions", "--trajectory", tmp_path / "t.gif"]
-    picture = draw(ckpt, tmp_path, *flags, steps=6)
+    picture = draw(*flags, steps=6)
     film = Image.open(tmp_path / "t.gif")
     assert film.n_frames == 6 and film.size == picture.size  # steps 5 to 1, then the images
     frames = [cells(film.seek(k) or film.convert("RGB"), 2).astype(int) for k in range(6)]
@@ -785,27 +770,25 @@ def test_trajectory_shows_the_prediction_along_the_way(ckpt, tmp_path):
 
 @pytest.mark.parametrize("sweep", [
     "cfg_scale=1,1.5,4", "num_sampling_steps=2,3,5", "eta=0,0.5,1", "sampler=ddpm,ddim,dpm++"])
-def test_sweep_has_a_row_for_each_value(ckpt, tmp_path, sweep):
+def test_sweep_has_a_row_for_each_value(draw, tmp_path, sweep):
     name, _, values = sweep.partition("=")
     extra = ["--sampler", "ddim"] if name == "eta" else []
-    image = draw(ckpt, tmp_path, "--class-labels", "1,2", "--sweep", sweep, "--no-captions", *extra)
+    image = draw("--class-labels", "1,2", "--sweep", sweep, "--no-captions", *extra,
+                 steps=None if name == "num_sampling_steps" else 3)
     margin = image.size[0] - 2 * 66
     assert margin > 30 and np.asarray(image)[:, :margin].min() < 100  # the values, on the left
     rows = cells(image, 2, 3, margin=margin)
     assert "sweep" in json.loads(image.text["settings"])
     assert name not in shlex.split(image.text["command"])
     for row, value in enumerate(values.split(",")):
-        single = draw(ckpt, tmp_path, "--class-labels", "1,2", f"--{name.replace('_', '-')}", value,
-                      "--no-captions",
-                      *(extra if name == "eta" else []))
+        flag = f"--{name.replace('_', '-')}"
+        single = draw("--class-labels", "1,2", "--no-captions", flag, value, *extra)
         assert np.array_equal(cells(single, 2), rows[2 * row : 2 * row + 2])
-    words = shlex.split(image.text["command"])
-    sample_grid.main(sample_grid.parse_args([*words[2:], "--output", str(tmp_path / "again.png")]))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(image))
+    assert same_pixels(draw_again(image, tmp_path), image)
 
 
-def test_sweep_names_the_columns_once(ckpt, tmp_path):
-    image = draw(ckpt, tmp_path, "--class-labels", "1,2", "--sweep", "cfg_scale=1,4")
+def test_sweep_names_the_columns_once(draw, tmp_path):
+    image = draw("--class-labels", "1,2", "--sweep", "cfg_scale=1,4")
     assert image.size[1] == 2 + 13 + 2 * 66
 
 
@@ -820,7 +803,7 @@ def test_grids_place_and_enlarge():
 # -------------------------------------------------------------------------- official command lines
 
 
-def test_official_command_lines(tmp_path, kl_folder, monkeypatch):
+def test_official_command_lines(tmp_path, monkeypatch, capsys):
     """sample.py's own flags: the classes, four a row, guidance 4, 250 steps, the mse VAE."""
     asked = []
 
@@ -839,8 +822,7 @@ def test_official_command_lines(tmp_path, kl_folder, monkeypatch):
     monkeypatch.setattr(sample_grid, "load_checkpoint", load)
     monkeypatch.setattr(sample_grid.Autoencoder, "load", load_autoencoder)
     monkeypatch.chdir(tmp_path)
-    sample_grid.main(sample_grid.parse_args(["--image-size", "512", "--seed", "1",
-                                             "--num-sampling-steps", "2"]))
+    command(sample_grid, "--image-size", "512", "--seed", "1", "--num-sampling-steps", "2")
     assert asked == ["DiT-XL/2-512", "mse"]
     image = Image.open("sample.png")
     assert image.size == (2 + 4 * 66, 2 + 2 * (66 + 13))
@@ -851,9 +833,8 @@ def test_official_command_lines(tmp_path, kl_folder, monkeypatch):
     model = load("256", None)
     labels, nrow = sample_grid.choose_labels(args, model, class_names(model))
     assert (labels, nrow) == ([207, 360, 387, 974, 88, 979, 417, 279], 4)
-    with pytest.raises(InputError, match="depth 2, not 24.*"):
-        sample_grid.main(sample_grid.parse_args(["--model", "DiT-L/4", "--image-size", "256",
-                                                 "--ckpt", "X256.pt"]))
+    other = ["--model", "DiT-L/4", "--image-size", "256", "--ckpt", "X256.pt"]
+    assert "depth 2, not 24" in refused(capsys, sample_grid, *other)
     assert asked[-1] == "X256.pt"  # found before a VAE is downloaded
 
 
@@ -894,51 +875,46 @@ def test_official_command_lines(tmp_path, kl_folder, monkeypatch):
     (["--model", "DiT-L/4"], "not 24"), (["--image-size", "256"], "8 px, not 256"),
     (["--num-classes", "10"], "num_classes 4, not 10"),
     (["--vae", "nobody/no-such-vae"], "the VAE nobody/no-such-vae")])
-def test_bad_input_is_said_before_sampling(ckpt, tmp_path, monkeypatch, flags, words):
+def test_bad_input_is_said_before_sampling(small_ckpt, tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.setattr(sample_grid, "sample_shared", None)  # sampling would be a TypeError
     monkeypatch.chdir(tmp_path)
-    assert words in refused(ckpt, tmp_path, *flags)
+    assert words in refused(capsys, sample_grid, "--ckpt", small_ckpt, *flags)
+    assert not list(tmp_path.iterdir())
 
 
-def test_guidance_needs_a_null_class(tmp_path):
-    no_null = save_small(tmp_path / "plain.safetensors", class_dropout_prob=0.0)
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    assert "label dropout" in refused(no_null, folder, "--cfg-scale", "2")
+def test_guidance_needs_a_null_class(draw, tmp_path, capsys):
+    no_null = save_small_dit(tmp_path / "plain.safetensors", class_dropout_prob=0.0)
+    said = refused(capsys, sample_grid, "--ckpt", no_null, "--cfg-scale", "2")
+    assert "label dropout" in said
     # unset: no guidance
-    assert json.loads(draw(no_null, tmp_path).text["settings"])["cfg_scale"] == 1.0
+    assert json.loads(draw(ckpt=no_null).text["settings"])["cfg_scale"] == 1.0
 
 
-def test_scale_below_one_warns(ckpt, tmp_path, capsys):
-    draw(ckpt, tmp_path, "--cfg-scale", "0", "--class-labels", "1")
+def test_scale_below_one_warns(draw, tmp_path, capsys):
+    draw("--cfg-scale", "0", "--class-labels", "1")
     assert "off at 1.0, not at 0" in capsys.readouterr().err
-    draw(ckpt, tmp_path, "--cfg-scale", "1", "--class-labels", "1")
+    draw("--cfg-scale", "1", "--class-labels", "1")
     assert "warning" not in capsys.readouterr().err
 
 
-def test_the_stored_command_works_with_spaces(tmp_path):
+def test_the_stored_command_works_with_spaces(draw, tmp_path):
     folder = tmp_path / "a run's folder"
     folder.mkdir()
-    small = save_small(folder / "small ema.safetensors")
-    first = draw(small, tmp_path, "--class-labels", "tench, Tinca tinca", "--no-captions")
-    words = shlex.split(first.text["command"])[2:]
-    sample_grid.main(sample_grid.parse_args([*words, "--output", str(tmp_path / "again.png")]))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(first))
+    small = save_small_dit(folder / "small ema.safetensors")
+    first = draw("--class-labels", "tench, Tinca tinca", "--no-captions", ckpt=small)
+    assert same_pixels(draw_again(first, tmp_path), first)
 
 
-def test_pipes_and_devices_are_written_through(ckpt, tmp_path):
-    exact = draw(ckpt, tmp_path, "--class-labels", "1", output="exact.png")
+def test_pipes_and_devices_are_written_through(draw, small_ckpt, tmp_path):
+    exact = draw("--class-labels", "1", output="exact.png")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     with ThreadPoolExecutor() as pool:
         for name in ("pipe", "link"):
             received = pool.submit((tmp_path / name).read_bytes)
-            command = sample_grid.parse_args([
-                "--ckpt", ckpt, "--class-labels", "1", "--num-sampling-steps", "3", "--output",
-                str(tmp_path / name)])
-            sample_grid.main(command)
-            picture = Image.open(io.BytesIO(received.result()))
-            assert np.array_equal(np.asarray(picture), np.asarray(exact))
+            command(sample_grid, "--ckpt", small_ckpt, "--class-labels", "1",
+                    "--num-sampling-steps", "3", "--output", tmp_path / name)
+            assert same_pixels(Image.open(io.BytesIO(received.result())), exact)
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
     sample_grid.save_grid(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), os.devnull, 1)
     assert Path(os.devnull).is_char_device()
@@ -960,10 +936,10 @@ def test_output_folder_must_be_writable(tmp_path):
 # --------------------------------------------------------------------------- processes and threads
 
 
-def test_processes_share_the_work(ckpt, tmp_path):
-    alone = draw(ckpt, tmp_path, "--class-labels", "1,2,3", output="alone.png")
+def test_processes_share_the_work(draw, small_ckpt, tmp_path):
+    alone = draw("--class-labels", "1,2,3", output="alone.png")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-             ROOT / "sample_grid.py", "--ckpt", ckpt, "--class-labels", "1,2,3",
+             ROOT / "sample_grid.py", "--ckpt", small_ckpt, "--class-labels", "1,2,3",
              "--num-sampling-steps", "3",
              "--output", "shared.png"]
     result = subprocess.run([str(word) for word in words], cwd=tmp_path, capture_output=True,
@@ -986,6 +962,24 @@ def test_a_lone_process_gets_its_cores_back(monkeypatch):
     assert asked == [len(os.sched_getaffinity(0))]
 
 
+def test_progress_is_a_line_now_and_then_without_a_terminal(monkeypatch, capsys):
+    """With the time left and the note; of the first process alone, and one bar inside another."""
+    clock = [0.0]
+    monkeypatch.setattr(sample_grid.time, "monotonic", lambda: clock[0])
+    for is_main_process in (True, False):
+        accelerator = SimpleNamespace(is_main_process=is_main_process)
+        with sample_grid.ProgressBar(accelerator, "step", 10, done=2) as outer:
+            outer.note = "loss 0.5"
+            for clock[0] in (29, 31, 40, 60, 62):
+                with sample_grid.ProgressBar(accelerator, "preview", 3) as inner:
+                    inner.advance(3)
+                outer.advance()
+            clock[0] = 0.0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step 4/10", "step 7/10"]
+    assert all(line.endswith(" left  loss 0.5") for line in lines)
+
+
 @pytest.mark.parametrize("tf32", [True, False])
 def test_tf32_is_set_for_products_and_convolutions(tf32):
     sample_grid.make_accelerator(tf32=tf32)
@@ -1002,6 +996,9 @@ def test_bf16_needs_a_gpu_that_has_it(monkeypatch):
     sample_grid.check_bf16(torch.device("cpu"), "--dtype")
     with pytest.raises(InputError, match="--dtype bf16: Tesla V100 has no bfloat16, leave it out"):
         sample_grid.check_bf16(torch.device("cuda:0"), "--dtype")
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: version < (14, 0))
+    with pytest.raises(InputError, match="--dtype bf16: the Mac's GPU has no bfloat16"):
+        sample_grid.check_bf16(torch.device("mps"), "--dtype")
     model, asked = small_dit(), []
     monkeypatch.setattr(sample_grid, "check_bf16", lambda device, flag: asked.append(flag))
     sample_grid.sampling_settings(sample_grid.parse_args(["--dtype", "bf16"]), model, 1.0)
@@ -1011,9 +1008,18 @@ def test_bf16_needs_a_gpu_that_has_it(monkeypatch):
     assert asked == ["--dtype", "--mixed-precision"]
 
 
-def test_the_device_is_said(ckpt, tmp_path, monkeypatch, capsys):
+def test_what_accelerate_refuses_is_said(monkeypatch):
+    def refuse(**settings):
+        raise ValueError(f"{settings['mixed_precision']} mixed precision requires a GPU")
+
+    monkeypatch.setattr(sample_grid, "Accelerator", refuse)
+    with pytest.raises(InputError, match="accelerate cannot start here: bf16 mixed precision"):
+        sample_grid.make_accelerator("bf16")
+
+
+def test_the_device_is_said(draw, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.version, "cuda", None)
-    draw(ckpt, tmp_path, "--class-labels", "1")
+    draw("--class-labels", "1")
     assert "running on the CPU, in fp32\n" in capsys.readouterr().out
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
