@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import glob
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -818,8 +819,8 @@ class Features:
     name: str  # of the set
     count: int | None  # images; None for statistics from a file
     network: str  # the name of the network
-    size: tuple | None = None  # (H, W) of the images; None if they are mixed or unknown
     turned: int = 0  # images that were turned upright, as their EXIF orientation asks
+    size: tuple | None = None  # (H, W) of the images; None if they are mixed or unknown
     pool: tuple | None = None  # mean (D,) and covariance (D, D) of the pooled features, float64
     spatial: tuple | None = None  # those of the spatial features
     rows: torch.Tensor | None = None  # (N, D) float32, each image's pooled features
@@ -886,34 +887,38 @@ def extract_features(name, count, batches, network, accelerator, wanted, image_n
     for kind, rows in kept.items():
         gathered[kind] = gather_rows(torch.cat(rows), count, accelerator)
     size = sizes.pop() if len(sizes) == 1 else None
-    return Features(name, count, network.name, size, **gathered)
+    return Features(name, count, network.name, size=size, **gathered)
 
 
 def image_features(source, wanted, network, accelerator, batch_size=256, num_workers=0,
-                   save_ref=None, progress=False):
-    """The Features `wanted` of images that exist: ImageData or NpzImages.
+                   save_npz=None, save_ref=None, progress=False):
+    """The Features `wanted` of ImageData, NpzImages or GeneratedImages.
 
-    save_ref: also write the images and their statistics to a reference .npz.
+    save_npz: also write the images and their labels to such a file; save_ref: the images and their
+    statistics.
     """
     # Batches go to the features; on the way they may be shown as progress and kept in a file.
-    if save_ref and isinstance(source, ImageData):
+    path = save_npz or save_ref
+    if path and isinstance(source, ImageData):
         source.check_one_size()
     batches = image_batches(source, accelerator, batch_size, num_workers)
     if progress:
         batches = show_progress(batches, source.name, len(source), accelerator)
-    if save_ref:
-        file = NpzWriter(save_ref, (len(source), *image_size(source), 3), batch_size, accelerator)
+    if path:
+        file = NpzWriter(path, (len(source), *source.size, 3), batch_size, accelerator)
         batches = file.keep(batches)
     features = extract_features(source.name, len(source), batches, network, accelerator, wanted,
                                 source.image_name)
 
     # What is known of the images apart from their features.
+    if save_npz:
+        file.write(arr_1=source.labels)
     if save_ref:
         statistics = named_tensors(dataclasses.replace(features, rows=None))
         file.write(network=network.name, **statistics)
     turned = torch.tensor(source.turned, device=accelerator.device)
-    return dataclasses.replace(features, turned=int(accelerator.reduce(turned)),
-                               labels=class_numbers(source), classes=source.classes)
+    turned = int(accelerator.reduce(turned))
+    return dataclasses.replace(features, turned=turned, **labels_of(source))
 
 
 def reference_features(source, network, accelerator, metrics=None, batch_size=256, num_workers=0,
@@ -944,7 +949,7 @@ def reference_features(source, network, accelerator, metrics=None, batch_size=25
     reference = kept.read(wanted) if cache and not save_ref else None
     if reference is None:
         reference = image_features(source, wanted, network, accelerator, batch_size, num_workers,
-                                   save_ref, progress)
+                                   save_ref=save_ref, progress=progress)
         if cache:
             kept.write(reference)
     say_turned(reference)
@@ -962,102 +967,110 @@ def sample_labels(num_classes, num_samples, mode="random", seed=0):
     return torch.randint(num_classes, (num_samples,), generator=generator)
 
 
-def generate(model, diffusion, vae, labels, accelerator, seed=0, batch_size=256, folder=None,
-             **sampling):
-    """Yield uint8 batches (n, 3, H, W) of this process's share: samples rank, rank + world ...
+class GeneratedImages:
+    """Images that a model makes of noise: sample i depends on its label and on seed + i alone.
 
-    Sample i depends on labels[i], of labels (N,), and on seed + i alone. folder: each sample is
-    written to 000000.png ... there, or read if it is there. sampling: arguments of sample_images.
+    folder: each sample is written to 000000.png ... there, or read if it is there. sampling:
+    arguments of sample_images. settings: all that the images depend on, but for the weights.
     """
-    def draw(numbers):
-        y = labels[numbers].to(accelerator.device)
-        seeds = [seed + i for i in numbers]
-        return sample_images(model, diffusion, vae, y, seeds, **sampling)
 
-    # Shares are interleaved, so that all processes are busy to the end.
-    size = model.input_size * vae.factor
-    mine = torch.arange(accelerator.process_index, len(labels), accelerator.num_processes)
-    for part in mine.split(batch_size):
-        numbers = part.tolist()
+    name = "samples"
+    turned = 0
 
-        # A call that was killed has left its samples in the folder: draw only the others.
-        images = {i: read_sample(folder, i, size) for i in numbers} if folder else {}
-        missing = [i for i in numbers if images.get(i) is None]
-        for some, drawn in in_batches(draw, missing, batch_size):
-            images |= zip(some, drawn, strict=True)
-        if folder:
-            for i in missing:
-                write_sample(folder, i, images[i])
-        yield torch.stack([images[i].to(accelerator.device) for i in numbers])
+    def __init__(self, model, diffusion, vae, num_samples, accelerator, seed=0,
+                 label_mode="random", folder=None, **sampling):
+        self.model, self.diffusion, self.vae = model, diffusion, vae
+        self.accelerator = accelerator
+        self.seed = seed
+        self.folder = folder
+        self.sampling = sampling
+        size = model.input_size * vae.factor
+        self.size = size, size
+        self.labels = sample_labels(model.num_classes, num_samples, label_mode, seed).numpy()
+        self.classes = model_classes(model)
+        self.settings = sampling | dict(
+            num_sampling_steps=diffusion.num_timesteps, objective=diffusion.objective,
+            vae=vae.name, label_mode=label_mode, seed=seed, image_size=size)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def image_name(self, index):
+        return f"the sample of seed {self.seed + index}"
+
+    def take(self, numbers):
+        """The samples of these numbers, uint8 (n, 3, H, W)."""
+        y = torch.from_numpy(self.labels[numbers]).to(self.accelerator.device)
+        seeds = [self.seed + number for number in numbers]
+        return sample_images(self.model, self.diffusion, self.vae, y, seeds, **self.sampling)
+
+    def batches(self, rank, world, batch_size):
+        """Every world-th sample from the rank-th on, as uint8 (n, 3, H, W)."""
+        if self.folder:
+            weights = fingerprint(self.model.state_dict())
+            settings = self.settings | dict(weights=weights)
+            prepare_sample_folder(self.folder, settings, self.accelerator)
+        for part in torch.arange(rank, len(self), world).split(batch_size):
+            numbers = part.tolist()
+
+            # A call that was killed has left its samples in the folder: draw only the others.
+            images = {}
+            if self.folder:
+                images = {i: read_sample(self.folder, i, self.size) for i in numbers}
+            missing = [i for i in numbers if images.get(i) is None]
+            for some, drawn in in_batches(self.take, missing, batch_size):
+                images |= zip(some, drawn, strict=True)
+            if self.folder:
+                for i in missing:
+                    write_sample(self.folder, i, images[i])
+            yield torch.stack([images[i].to(self.accelerator.device) for i in numbers])
 
 
-def evaluate_model(
-    model, diffusion, vae, reference, network, num_samples, accelerator, metrics=None, seed=0,
-    batch_size=256, label_mode="random", intervals=None, held=None, save_images=None,
-    save_npz=None, neighbours=None, progress=False, **sampling,
-):
+def evaluate_model(model, diffusion, vae, reference, network, num_samples, accelerator, seed=0,
+                   label_mode="random", save_images=None, save_npz=None, metrics=None,
+                   batch_size=256, intervals=None, held=None, neighbours=None, progress=False,
+                   **sampling):
     """Generate num_samples images and compare them with a reference: a dict of metrics, settings.
 
-    reference, held: Features of the images to compare with, and of real ones held out of these.
-    metrics: default all that network, reference and number allow. intervals: of 95 %; default up to
-    INTERVALS_UP_TO samples. save_images: a folder of PNG files, from which a killed evaluation
-    resumes. save_npz: an ADM .npz to write. neighbours: (a PNG to write, ImageData or NpzImages of
-    the reference), see draw_neighbours. sampling: arguments of sample_images. Every process
-    computes the metrics, so that none waits for another's.
+    save_images: a folder of PNG files, from which a killed evaluation resumes. save_npz: an ADM
+    .npz to write. sampling: arguments of sample_images. The others are those of evaluate_images.
     """
-    # What cannot be compared is refused before anything is drawn.
-    size = model.input_size * vae.factor
-    check_size(reference, (size, size))
-    classes = model_classes(model)
-    metrics = choose_metrics(metrics, network, reference, num_samples, classes, held)
-    intervals = num_samples <= INTERVALS_UP_TO if intervals is None else intervals
-    settings = sampling | dict(
-        num_sampling_steps=diffusion.num_timesteps, objective=diffusion.objective, vae=vae.name,
-        label_mode=label_mode, seed=seed, image_size=size)
-
-    # Noise -> images -> features, one batch at a time; kept on the way if so asked.
-    labels = sample_labels(model.num_classes, num_samples, label_mode, seed)
-    if save_images:
-        weights = fingerprint(model.state_dict())
-        prepare_sample_folder(save_images, settings | dict(weights=weights), accelerator)
-    batches = generate(
-        model, diffusion, vae, labels, accelerator, seed, batch_size, save_images, **sampling)
-    if progress:
-        batches = show_progress(batches, "samples", num_samples, accelerator)
-    if save_npz:
-        file = NpzWriter(save_npz, (num_samples, size, size, 3), batch_size, accelerator)
-        batches = file.keep(batches)
-    wanted = needed_of_samples(metrics, intervals)
-    samples = extract_features("samples", num_samples, batches, network, accelerator, wanted,
-                               lambda i: f"the sample of seed {seed + i}")
-    if save_npz:
-        file.write(arr_1=labels.numpy())
-    samples = dataclasses.replace(samples, labels=labels, classes=classes)
-
-    # What looks most like a copy is drawn again, from its seed.
-    def redraw(numbers):
-        y = labels[numbers].to(accelerator.device)
-        return sample_images(model, diffusion, vae, y, [seed + i for i in numbers], **sampling)
-
-    if neighbours and accelerator.is_main_process:
-        draw_neighbours(*neighbours, reference, samples, redraw)
-    return compare(reference, samples, network, metrics, intervals, held) | settings
+    images = GeneratedImages(
+        model, diffusion, vae, num_samples, accelerator, seed, label_mode, save_images, **sampling)
+    return evaluate_images(
+        images, reference, network, accelerator, metrics, batch_size, intervals=intervals,
+        held=held, save_npz=save_npz, neighbours=neighbours, progress=progress)
 
 
 def evaluate_images(source, reference, network, accelerator, metrics=None, batch_size=256,
-                    num_workers=0, intervals=None, held=None, neighbours=None, progress=False):
-    """Compare images that exist, ImageData or NpzImages, with a reference: as evaluate_model."""
-    check_size(reference, image_size(source))
+                    num_workers=0, intervals=None, held=None, save_npz=None, neighbours=None,
+                    progress=False):
+    """Compare images with a reference: a dict of metrics and settings.
+
+    source: ImageData, NpzImages or GeneratedImages. reference, held: Features of the images to
+    compare with, and of real ones held out of these. metrics: default all that network, reference
+    and number allow. intervals: of 95 %; default up to INTERVALS_UP_TO images. neighbours: (a PNG
+    to write, ImageData or NpzImages of the reference), see draw_neighbours. Every process computes
+    the metrics, so that none waits for another's.
+    """
+    # What cannot be compared is refused before anything is read or drawn.
+    if None not in (source.size, reference.size) and source.size != reference.size:
+        own, other = (f"{width} x {height}" for height, width in (source.size, reference.size))
+        raise InputError(f"the samples have {own} pixels, the reference {reference.name} has "
+                         f"{other}: make them equal with --image-size")
     metrics = choose_metrics(metrics, network, reference, len(source), source.classes, held)
     intervals = len(source) <= INTERVALS_UP_TO if intervals is None else intervals
-    wanted = needed_of_samples(metrics, intervals)
+
+    # The Features that the metrics, and their intervals, need of the samples.
+    wanted = set().union(*(METRICS[name].samples for name in metrics))
+    wanted = wanted.union(*(METRICS[name].interval for name in metrics if intervals))
     samples = image_features(source, wanted, network, accelerator, batch_size, num_workers,
-                             progress=progress)
+                             save_npz, progress=progress)
     say_turned(samples)
     if neighbours and accelerator.is_main_process:
-        draw_neighbours(*neighbours, reference, samples, functools.partial(read_images, source))
+        draw_neighbours(*neighbours, reference, samples, source)
     result = compare(reference, samples, network, metrics, intervals, held)
-    return result | dict(samples=source.name)
+    return result | source.settings
 
 
 def evaluate_autoencoder(vae, data, network, accelerator, batch_size=256, num_workers=0, grid=None):
@@ -1070,7 +1083,7 @@ def evaluate_autoencoder(vae, data, network, accelerator, batch_size=256, num_wo
     originals = image_features(
         data, {"pool"}, network, accelerator, batch_size, num_workers, progress=True)
     # What is measured of each image; SSIM has windows of 11 pixels.
-    size = min(image_size(data))
+    size = min(data.size)
     scores = dict(psnr=[], ssim=[]) if size >= 11 else dict(psnr=[])
     functions = dict(psnr=peak_signal_to_noise, ssim=structural_similarity)
     shown = []
@@ -1195,12 +1208,6 @@ def compare(reference, samples, network, metrics, intervals=False, held=None):
         warnings="; ".join(cautions(reference, samples, network, metrics, held)))
 
 
-def needed_of_samples(metrics, intervals):
-    """The names of the Features that the metrics, and their intervals, need of the samples."""
-    needs = set().union(*(METRICS[name].samples for name in metrics))
-    return needs.union(*(METRICS[name].interval for name in metrics if intervals))
-
-
 def choose_metrics(asked, network, reference=None, num_samples=None, classes=None, held=None):
     """The names of the metrics to compute: those asked for, else all that are possible.
 
@@ -1254,32 +1261,17 @@ def why_not(name, network, reference, num_samples, classes, held):
     if name == "agree" and not knows_classes(network, classes):
         if classes is None:
             return "the samples have no classes"
-        if not same_classes(classes, reference.classes):
+        # Number and names of classes are compared as far as they are known.
+        known = reference.classes or (None, None)
+        differ = (a != b and None not in (a, b) for a, b in zip(classes, known, strict=True))
+        if reference.classes is None or any(differ):
             return f"the reference {reference.name} has not the samples' classes"
     return None
-
-
-def same_classes(one, other):
-    """Whether two sets have the same classes, by their number and names as far as these are known.
-
-    Each is None for no classes, or (number, names).
-    """
-    if one is None or other is None:
-        return False
-    return all(a is None or b is None or a == b for a, b in zip(one, other, strict=True))
 
 
 def knows_classes(network, classes):
     """Whether the network itself tells these classes: ImageNet's thousand, in the usual order."""
     return network.imagenet and classes is not None and classes[0] == 1000
-
-
-def check_size(reference, size):
-    """InputError unless samples of size (H, W) can be compared with reference Features."""
-    if None not in (size, reference.size) and size != reference.size:
-        own, other = (f"{width} x {height}" for height, width in (size, reference.size))
-        raise InputError(f"the samples have {own} pixels, the reference {reference.name} has "
-                         f"{other}: make them equal with --image-size")
 
 
 def cautions(reference, samples, network, metrics, held=None):
@@ -1408,6 +1400,7 @@ class ImageData(torch.utils.data.Dataset):
         self.upright = upright
         self.split = split
         self.turned = 0
+        self.settings = dict(samples=name)
         self.classes = (self.num_classes, class_names) if class_names else None
         if not len(labels):
             raise InputError(f"there are no images in {name}")
@@ -1433,6 +1426,15 @@ class ImageData(torch.utils.data.Dataset):
         array = array[:, ::-1] if mirror else array
         pixels = torch.from_numpy(array.transpose(2, 0, 1).copy())  # (3, S, S)
         return pixels, int(self.labels[index]), image.info["turned"]
+
+    def take(self, numbers):
+        """The images of these numbers, uint8 (3, H, W)."""
+        return [self[number][0] for number in numbers]
+
+    @property
+    def size(self):
+        """(H, W) of the first image."""
+        return tuple(self[0][0].shape[1:])
 
     def image_name(self, index):
         """What messages call an image: its file, or its number."""
@@ -1898,7 +1900,7 @@ def open_reference(args, network, samples, first):
         raise InputError(f"cannot read what the model was trained on: {error}; or give another "
                          "--ref") from error
     if samples and data.image_size and not size:  # not a folder, which is compared as it is
-        data.image_size = min(image_size(samples))
+        data.image_size = min(samples.size)
     if same_path(args.ref, trained_on.get("data_path")) and trained_on.get("left_out"):
         data = data.without(trained_on["left_out"])
     return data
@@ -1978,11 +1980,6 @@ def open_images(path, args, size=None):
         path, size, args.image_column, args.label_column, args.split, args.upright)
 
 
-def image_size(source):
-    """(H, W) of the images of a source: of its first, where they are decoded one by one."""
-    return source.shape[1:3] if isinstance(source, NpzImages) else tuple(source[0][0].shape[1:])
-
-
 # ---------------------------------------------------------- machinery: skip it on a first reading
 
 
@@ -1999,9 +1996,10 @@ def float64_device(accelerator):
     return torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
 
 
-def class_numbers(source):
-    """The class of each image of ImageData or NpzImages, int64 (N,), or None."""
-    return torch.from_numpy(source.labels) if source.classes else None
+def labels_of(source):
+    """What Features say of the classes of ImageData or NpzImages."""
+    labels = torch.from_numpy(source.labels) if source.classes else None
+    return dict(labels=labels, classes=source.classes)
 
 
 def model_classes(model):
@@ -2011,23 +2009,12 @@ def model_classes(model):
     return model.num_classes, model.metadata.get("class_names")
 
 
-def read_images(source, numbers):
-    """The images of these numbers, uint8 (3, H, W), of ImageData or NpzImages."""
-    if isinstance(source, ImageData):
-        return [source[number][0] for number in numbers]
-    found = {}
-    for start, batch in enumerate(source.batches(0, 1, 1)):
-        if start in numbers:
-            found[start] = batch[0]
-    return [found[number] for number in numbers]
-
-
-def draw_neighbours(path, real_images, real, fake, read_fake, count=8):
+def draw_neighbours(path, real_images, real, fake, fake_images, count=8):
     """A picture of the samples that look most like copies, above their nearest reference images.
 
-    real_images: ImageData or NpzImages, real and fake: Features with rows; read_fake(numbers) gives
-    images, uint8 (3, H, W). Above each sample stands its number, above each reference image its
-    number and how near it is: its distance over that to its own nearest neighbour.
+    real, fake: Features with rows; real_images, fake_images: the sources of these. Above each
+    sample stands its number, above each reference image its number and how near it is: its distance
+    over that to its own nearest neighbour.
     """
     nearest, nearness = find_nearest(real.rows, fake.rows)
     worst = nearness.sort(stable=True).indices[:count].tolist()
@@ -2037,8 +2024,8 @@ def draw_neighbours(path, real_images, real, fake, read_fake, count=8):
                for i, number in zip(worst, pairs, strict=True)]
 
     # Reference images of another size are shown in the samples'.
-    shown = torch.stack(list(read_fake(worst))).cpu()
-    for image in read_images(real_images, pairs):
+    shown = torch.stack(list(fake_images.take(worst))).cpu()
+    for image in real_images.take(pairs):
         image = F.interpolate(image[None].float(), size=tuple(shown.shape[2:]), mode="area")
         shown = torch.cat([shown, image.round().to(torch.uint8)])
     save_grid(shown, path, len(worst), labels)
@@ -2127,6 +2114,8 @@ class NpzImages:
             raise InputError(f"arr_0 of {path} must be uint8 (N, H, W, 3), rows first, not {dtype} "
                              f"{shape}: convert it")
         self.shape = shape
+        self.size = shape[1:3]
+        self.settings = dict(samples=self.name)
         self.classes = None
         for labels in read_arrays(path, "arr_1").values():
             if labels.dtype.kind in "iu" and labels.shape == shape[:1]:
@@ -2138,6 +2127,12 @@ class NpzImages:
 
     def image_name(self, index):
         return f"image {index} of {self.name}"
+
+    def take(self, numbers):
+        """The images of these numbers, uint8 (3, H, W); all up to the last are read."""
+        images = itertools.islice(self.batches(0, 1, 1), max(numbers) + 1)
+        found = {index: batch[0] for index, batch in enumerate(images) if index in numbers}
+        return [found[number] for number in numbers]
 
     @contextlib.contextmanager
     def open(self):
@@ -2265,15 +2260,14 @@ class ReferenceCache:
 
     def load(self):
         """The tensors of the file and its settings, {} and {} if it is damaged or not there."""
-        try:
-            with safe_open(self.path, "pt") as file:
-                settings = json.loads(file.metadata()["settings"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except OSError:
-            return {}, {}
-        except (SafetensorError, TypeError, KeyError, ValueError):
-            settings = {}
-            tensors = {}
+        tensors = {}
+        settings = {}
+        if not self.path.is_file():
+            return tensors, settings
+        broken = OSError, SafetensorError, TypeError, KeyError, ValueError
+        with contextlib.suppress(*broken), safe_open(self.path, "pt") as file:
+            settings = json.loads(file.metadata()["settings"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if settings.get("fingerprint") != fingerprint(tensors):
             note(f"{self.path} is damaged and is made anew")
             return {}, {}
@@ -2295,10 +2289,9 @@ class ReferenceCache:
         with contextlib.suppress(OSError):
             os.utime(self.path)  # the oldest are those not used for the longest time
         self.report("read from")
-        size = settings["size"] and tuple(settings["size"])
         return Features(
-            self.source.name, len(self.source), self.network.name, size, settings["turned"],
-            labels=class_numbers(self.source), classes=self.source.classes, **found)
+            self.source.name, len(self.source), self.network.name, settings["turned"],
+            settings["size"] and tuple(settings["size"]), **found, **labels_of(self.source))
 
     def write(self, features):
         """Keep Features beside those that are there; what cannot be written is said and no more."""
@@ -2309,21 +2302,20 @@ class ReferenceCache:
         if sum(tensor.nbytes for tensor in tensors.values()) > CACHE_BYTES:
             note(f"the features of {features.name} are too large to be kept")
             return
-        settings = dict(size=features.size, turned=features.turned,
-                        fingerprint=fingerprint(tensors))
-        metadata = dict(settings=json.dumps(settings))
+        settings = json.dumps(dict(
+            size=features.size, turned=features.turned, fingerprint=fingerprint(tensors)))
         try:
-            write_atomically(self.path, lambda path: save_file(tensors, path, metadata))
+            write_atomically(
+                self.path, lambda path: save_file(tensors, path, dict(settings=settings)))
             # The oldest files go, so that no more than CACHE_BYTES are left.
             total = 0
             for _, size, path in self.files():
                 total += size
                 if total > CACHE_BYTES:
                     path.unlink(missing_ok=True)
+            self.report("kept in")
         except (InputError, OSError) as error:
             note(f"the features of {features.name} are not kept: {error}")
-            return
-        self.report("kept in")
 
     def files(self):
         """(time, bytes, path) of this cache's files, whole or left by a kill, newest first."""
@@ -2444,7 +2436,7 @@ def prepare_sample_folder(folder, settings, accelerator):
 
 
 def read_sample(folder, number, size):
-    """Sample `number` in a folder, uint8 (3, size, size), or None if it is missing or damaged."""
+    """Sample `number` in a folder, uint8 (3, *size), or None if it is missing or damaged."""
     path = Path(folder) / f"{number:06d}.png"
     if not path.is_file():
         return None
@@ -2452,7 +2444,7 @@ def read_sample(folder, number, size):
         array = np.asarray(decode_image(dict(path=path, bytes=None), f"sample {path}"))
     except BrokenImage:
         return None
-    if array.shape != (size, size, 3):
+    if array.shape != (*size, 3):
         return None
     return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
@@ -3089,13 +3081,13 @@ class WithTurns(torch.utils.data.Dataset):
 
 
 def image_batches(source, accelerator, batch_size=256, num_workers=0):
-    """This process's share, every world-th image, of ImageData or NpzImages: uint8 (n, 3, H, W).
+    """This process's share of a source, every world-th image: uint8 (n, 3, H, W).
 
     Where the sizes of a batch are mixed it is a list of (3, H, W). Afterwards source.turned says
     how many images of this share EXIF has turned.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    if isinstance(source, NpzImages):
+    if not isinstance(source, ImageData):
         yield from source.batches(rank, world, batch_size)
         return
     source.turned = 0

@@ -259,9 +259,9 @@ def test_an_image_does_not_depend_on_the_count_or_the_batch(checkpoint):
     model = load_checkpoint(checkpoint)
 
     def make(n, batch):
-        return torch.cat(list(evaluate.generate(
-            model, create_diffusion("3"), Autoencoder(channels=1), sample_labels(10, n),
-            make_accelerator(), 4, batch)))
+        images = evaluate.GeneratedImages(
+            model, create_diffusion("3"), Autoencoder(channels=1), n, make_accelerator(), seed=4)
+        return torch.cat(list(images.batches(0, 1, batch)))
 
     assert torch.equal(make(11, 4)[:7], make(7, 3))
     nine = sample_labels(10, 9).tolist()
