@@ -62,6 +62,7 @@ from dit import (
     run_command,
     write_atomically,
     write_json,
+    writing,
 )
 from sample_grid import (
     COUNT,
@@ -2357,16 +2358,8 @@ class NpzWriter:
         self.file = None
         if accelerator.is_main_process:
             folder = None if is_written_through(self.path) else self.path.parent
-            with self._naming():
+            with writing(self.path):
                 self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by `write`
-
-    @contextlib.contextmanager
-    def _naming(self):
-        """What the system refuses, as an error that names the file."""
-        try:
-            yield
-        except OSError as error:
-            raise RankLocalError(f"cannot write {self.path}: {error}") from error
 
     def keep(self, batches):
         """Yield this process's uint8 batches (n, 3, H, W) as they are, storing those of all."""
@@ -2387,7 +2380,7 @@ class NpzWriter:
             images = images.to(self.accelerator.device)
             together = gather_rows(images, min(step, count - start), self.accelerator)
             if self.file:
-                with self._naming():
+                with writing(self.path):
                     self.file.write(together.permute(0, 2, 3, 1).contiguous().cpu().numpy().data)
             yield images
 
