@@ -1627,14 +1627,43 @@ def main(args):
         plot_run(args.plot_run, args.plot)
         return
     accelerator = make_accelerator(tf32=args.tf32)
-    if args.reconstruct:
-        score_autoencoder(args, accelerator)
-        return
+    runs = [score_autoencoder(args, accelerator)] if args.reconstruct else score(args, accelerator)
 
-    # 2. Open what is scored: images that exist, or models, of which the first is read now. Without
+    # 2. Print the metrics of each run, write them, draw them.
+    if accelerator.is_main_process and runs:
+        result = runs if len(runs) > 1 else runs[0]
+        print_metrics(result)
+        if args.json:
+            write_json(args.json, result)
+        if args.plot and not args.reconstruct:
+            plot_metrics(runs, args.plot)
+    accelerator.end_training()
+
+
+def score_autoencoder(args, accelerator):
+    """--reconstruct: what --vae makes of images, against the images."""
+    network = choose_features(args, args.reconstruct, accelerator)
+    vae = Autoencoder.load(args.vae or "mse", accelerator.device)
+    size = args.image_size or (8 if args.reconstruct == "digits" else 256)
+    data = open_images(args.reconstruct, args, size)
+    return evaluate_autoencoder(
+        vae, data, network, accelerator, args.per_proc_batch_size, args.num_workers, args.plot)
+
+
+def choose_features(args, data, accelerator):
+    args.features = args.features or ("efficientnet-lite0" if data == "digits" else "inception")
+    check_args(args)  # again, now that they are complete
+    return load_features(args.features, accelerator.device, args.resize or "adm")
+
+
+def score(args, accelerator):
+    """The metrics of each run: of images that exist, or of each model and each swept value."""
+    # 1. Open what is scored: images that exist, or models, of which the first is read now. Without
     #    --ref they are compared with the data that it was trained on.
     samples = open_images(args.samples, args, args.image_size) if args.samples else None
-    ckpts = choose_models(args)
+    ckpts = args.ckpt or [f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"]
+    if samples or saves_only(args):
+        ckpts = []
     first = load_model(ckpts[0], args, accelerator.device) if ckpts else None
     rows = sweep_rows(args)
     if first:
@@ -1642,39 +1671,36 @@ def main(args):
             sampling_settings(row, first[0], cfg_scale=1.0)
         take_reference(args, ckpts[0], first[0].metadata)
 
-    # 3. Open the reference and the feature network, and see which metrics they allow.
-    args.features = args.features or (
-        "efficientnet-lite0" if args.ref == "digits" else "inception")
-    check_args(args)
-    network = load_features(args.features, accelerator.device, args.resize or "adm")
-    reference = open_reference(args, network, samples, first)
-    reference, held = hold_out(args, reference, first)
+    # 2. Open the reference and the feature network, and see which metrics they allow.
+    network = choose_features(args, args.ref, accelerator)
+    reference, held = open_reference(args, network, samples, first)
     asked = None
     if args.metrics is not None:
         asked = [name.strip() for name in args.metrics.split(",")]
+    count = classes = None
     if samples:
         count = len(samples)
         classes = samples.classes
-    else:
-        count = args.num_fid_samples if ckpts else None
-        classes = model_classes(first[0]) if first else None
+    elif first:
+        count = args.num_fid_samples
+        classes = model_classes(first[0])
     metrics = choose_metrics(asked, network, reference, count, classes, held)
     neighbours = find_neighbour_images(args, reference, metrics)
 
-    # 4. Features of the reference: once, for all that is compared with it.
+    # 3. Features of the reference: once, for all that is compared with it.
     common = dict(batch_size=args.per_proc_batch_size, progress=True)
     reading = dict(num_workers=args.num_workers, cache=args.reference_cache)
     reference = reference_features(reference, network, accelerator, metrics,
                                    save_ref=args.save_ref, **reading, **common)
     if held:
-        held = reference_features(held, network, accelerator, ("kid",), **reading, **common)
+        held = reference_features(held, network, accelerator, ("mem",), **reading, **common)
 
-    # 5. Features of the samples, and their comparison with the reference's: one run each.
+    # 4. Features of the samples, and their comparison with the reference's: one run each.
     common |= dict(metrics=metrics, intervals=args.intervals, held=held, neighbours=neighbours)
-    runs = []
     if samples:
-        runs.append(evaluate_images(
-            samples, reference, network, accelerator, num_workers=args.num_workers, **common))
+        return [evaluate_images(samples, reference, network, accelerator,
+                                num_workers=args.num_workers, **common)]
+    runs = []
     for ckpt in ckpts:
         model, vae, _ = first if ckpt == ckpts[0] else load_model(ckpt, args, accelerator.device)
         for row, swept in rows:
@@ -1684,16 +1710,7 @@ def main(args):
                 seed=args.seed, label_mode=args.label_mode, save_images=row.save_images,
                 save_npz=args.save_npz, **common, **sampling)
             runs.append(result | swept | dict(ckpt=ckpt, step=model.metadata.get("step", 0)))
-
-    # 6. Print them, write them, draw them.
-    if accelerator.is_main_process and runs:
-        result = runs if len(runs) > 1 else runs[0]
-        print_metrics(result)
-        if args.json:
-            write_json(args.json, result)
-        if args.plot:
-            plot_metrics(runs, args.plot)
-    accelerator.end_training()
+    return runs
 
 
 DATA_FLAGS = [
@@ -1704,22 +1721,6 @@ DATA_FLAGS = [
     Flag("--upright", "turn images as their EXIF orientation says; --no-upright reads the pixels "
          "that ADM, clean-fid and torch-fidelity read", True),
 ]
-def score_autoencoder(args, accelerator):
-    """--reconstruct: what --vae makes of images, against the images."""
-    features = args.features or (
-        "efficientnet-lite0" if args.reconstruct == "digits" else "inception")
-    network = load_features(features, accelerator.device, args.resize or "adm")
-    vae = Autoencoder.load(args.vae or "mse", accelerator.device)
-    size = args.image_size or (8 if args.reconstruct == "digits" else 256)
-    data = open_images(args.reconstruct, args, size)
-    result = evaluate_autoencoder(
-        vae, data, network, accelerator, args.per_proc_batch_size, args.num_workers, args.plot)
-    if accelerator.is_main_process:
-        print_metrics(result, "Reconstruction")
-        if args.json:
-            write_json(args.json, result)
-
-
 SWEEPABLE = ("cfg_scale", "num_sampling_steps", "sampler", "guidance_interval", "eta")
 SCORED_FLAGS = [
     Flag("--ckpt", "a run's folder, a weights file, or a name that downloads; several are compared",
@@ -1862,13 +1863,6 @@ def check_args(args):
                              "existing folder")
 
 
-def choose_models(args):
-    """The names of the checkpoints to score, none if there are only images."""
-    if args.samples or saves_only(args):
-        return []
-    return args.ckpt or [f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"]
-
-
 def take_reference(args, ckpt, metadata):
     """Without --ref, fill in the flags that say which data the model was trained on."""
     if args.ref:
@@ -1883,49 +1877,44 @@ def take_reference(args, ckpt, metadata):
 
 
 def open_reference(args, network, samples, first):
-    """What --ref names: a ReferenceFile, or ImageData of the size of what is scored."""
+    """(what --ref names, a ReferenceFile or ImageData, and what is held out of it or None)."""
     # A file is taken as it is, a data set is cropped to what it is compared with.
     if is_archive(args.ref):
         reference = ReferenceFile(args.ref, network)
         if args.save_ref and reference.statistics:
             raise InputError(f"{args.ref} has statistics: --save-ref computes those of images")
-        return reference
+        return reference, None
     model, _, size = first or (None, None, args.image_size)
+
     # What the model was trained on may have gone, and images that it left out are broken.
-    trained_on = model.metadata if model else {}
+    trained_on = {}
+    if model and same_path(args.ref, model.metadata.get("data_path")):
+        trained_on = model.metadata
     try:
         data = open_images(args.ref, args, size)
     except InputError as error:
-        if not same_path(args.ref, trained_on.get("data_path")):
+        if not trained_on:
             raise
         raise InputError(f"cannot read what the model was trained on: {error}; or give another "
                          "--ref") from error
+    if trained_on.get("left_out"):
+        data = data.without(trained_on["left_out"])
     if samples and data.image_size and not size:  # not a folder, which is compared as it is
         data.image_size = min(samples.size)
-    if same_path(args.ref, trained_on.get("data_path")) and trained_on.get("left_out"):
-        data = data.without(trained_on["left_out"])
-    return data
 
-
-def hold_out(args, reference, first):
-    """(the reference without what --val-split holds out of it, the held-out images or None)."""
-    trained_on = first[0].metadata if first else {}
-    split = args.val_split
-    if split is None and same_path(args.ref, trained_on.get("data_path")):
-        split = trained_on.get("val_split")
-    if split is None or not isinstance(reference, ImageData):
-        return reference, None
+    # Real images for comparison: a share of the reference, or another split.
+    split = args.val_split or trained_on.get("val_split") or 0
     try:
         share = float(split)
     except ValueError:
-        held = load_data(args.ref, reference.image_size, args.image_column, args.label_column,
-                         split, args.upright)
-        if held.split == reference.split:
+        held = load_data(args.ref, data.image_size, args.image_column, args.label_column, split,
+                         args.upright)
+        if held.split == data.split:
             raise InputError(f"--val-split {split} is the reference itself") from None
-        return reference, held
-    if not 0 < share < 1:
+        return data, held
+    if not 0 <= share < 1:
         raise InputError(f"--val-split {split}: give a share between 0 and 1, or a split's name")
-    return reference.hold_out(share)
+    return data.hold_out(share) if share else (data, None)
 
 
 def find_neighbour_images(args, reference, metrics):
