@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import Pixels, save_vae
+from helpers import Pixels, save_vae, small_dit
 from PIL import Image
 from torch import nn
 
@@ -679,6 +679,26 @@ def test_held_out_images_are_the_yardstick(standin, tmp_path, capsys):
         cli(*args, "--metrics", "fdr")
     with pytest.raises(InputError, match="mem"):
         cli(*args, "--metrics", "fid", "--neighbours", tmp_path / "near.png")
+
+
+def test_a_training_run_scores_digits_by_all_that_its_end_table_shows(capsys):
+    """The calls that the trainer makes, of its data without the share that it holds out."""
+    model, network, one = small_dit(num_classes=10), Pixels(), make_accelerator()
+    model.metadata = dict(class_names=[str(digit) for digit in range(10)])
+    data, held = load_data("digits").hold_out(0.1)
+    metrics = evaluate.choose_metrics(
+        None, network, data, 20, evaluate.model_classes(model), held)
+    real = reference_features(data, network, one, metrics)
+    yardstick = reference_features(held, network, one, ("mem",))
+    result = evaluate.evaluate_model(model, create_diffusion("2"), Autoencoder(channels=1), real,
+                                     network, 20, one, metrics=metrics, held=yardstick)
+    assert result["num_held_out"] == len(held) and result["num_reference"] == len(data)
+    capsys.readouterr()
+    evaluate.print_metrics(result)
+    first_column = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines()
+                    if line.startswith("│")]
+    assert [name for name in first_column if name != "memorisation, real"][:7] == [
+        "FD", "fdr", "class agreement", "memorisation", "precision", "recall", "coverage"]
 
 
 def held_in(folder, share):
