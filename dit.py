@@ -1338,19 +1338,26 @@ def write_atomically(path, write):
     system refuses (full disk, no permission).
     """
     # Only a file can be renamed to; anything else is written into.
-    try:
+    with writing(path):
         if is_stdout(path) or (Path(path).exists() and not Path(path).is_file()):
             write_through(path, write)
         else:
             replace_file(Path(os.path.realpath(path)), write)
+
+
+@contextlib.contextmanager
+def writing(path, kind=RankLocalError):
+    """What the system refuses to write becomes an error of a kind that names the path."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
-        raise RankLocalError(f"cannot write {path}: {error}") from error
+        raise kind(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     # torch.save says no more than this when the disk is full.
     except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
             raise
         reason = "torch.save could not finish, is the disk full?"
-        raise RankLocalError(f"cannot write {path}: {reason}") from error
+        raise kind(f"cannot write {path}: {reason}") from error
 
 
 def is_stdout(path):

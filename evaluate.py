@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import glob
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -42,7 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
@@ -61,6 +62,7 @@ from dit import (
     run_command,
     write_atomically,
     write_json,
+    writing,
 )
 from sample_grid import (
     COUNT,
@@ -123,8 +125,8 @@ def as_tensor(x):
 def check_finite(name, x):
     # One pass, without a copy: what is not finite is an extreme, and NaN is both.
     if not all(extreme.isfinite() for extreme in x.aminmax()):
-        where = tuple((~x.isfinite()).nonzero()[0].tolist())
-        raise InputError(f"{name}{list(where)} is {float(x[where])}: not a finite number")
+        where = (~x.isfinite()).nonzero()[0].tolist()
+        raise InputError(f"{name} is not finite: {float(x[tuple(where)])} at {where}")
 
 
 # ---------------------------------------------------------- metrics: statistics of a set
@@ -256,19 +258,21 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def frechet_ratio(mu, sigma, fake, held):
     """fdr: the Fréchet distance of fake rows to (mu, sigma) over that of held-out real rows.
 
-    1.0 means as near as real images. Both sets (N, D) are cut to one count, evenly spread, since
-    the distance of few rows is biased upwards: then both are, by as much. InputError as of
-    frechet_distance.
+    1.0 means as near as real images. Returns it and the standard error of its logarithm. Both sets
+    (N, D) are cut to one count, evenly spread, since the distance of few rows is biased upwards:
+    then both are, by as much. InputError as of frechet_distance.
     """
-    near, far = (frechet_distance(mu, sigma, *sum_rows(rows).result())
-                 for rows in equally_many(fake, held))
-    return near / far if far else math.inf
-
-
-def equally_many(*sets):
-    """The sets of rows cut to the length of the shortest, evenly spread."""
-    count = min(map(len, sets))
-    return [x[torch.linspace(0, len(x) - 1, count, dtype=torch.float64).long()] for x in sets]
+    count = min(len(fake), len(held))
+    distances = []
+    variance = 0.0
+    for rows in fake, held:
+        spread = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).long()
+        pool = sum_rows(rows[spread]).result()
+        distances.append(frechet_distance(mu, sigma, *pool))
+        error = frechet_error(rows[spread], mu, sigma, *pool)
+        variance += (error / max(distances[-1], 1e-300)) ** 2
+    near, far = distances
+    return near / far if far else math.inf, math.sqrt(variance)
 
 
 # ---------------------------------------------------------- metrics: inception score
@@ -591,16 +595,6 @@ def frechet_error(rows, mu1, sigma1, mu2, sigma2):
     return float(torch.cat(influence).std() / len(rows) ** 0.5)
 
 
-def frechet_ratio_error(mu, sigma, fake, held):
-    """Standard error of the logarithm of frechet_ratio over the draw of both sets of rows."""
-    variance = 0.0
-    for rows in equally_many(fake, held):
-        pool = sum_rows(rows).result()
-        distance = frechet_distance(mu, sigma, *pool)
-        variance += (frechet_error(rows, mu, sigma, *pool) / max(distance, 1e-300)) ** 2
-    return math.sqrt(variance)
-
-
 def inception_error(probs, split_size=5000):
     """Standard error of inception_score: an influence is the chunk's score times the row's KL."""
     variance = 0.0
@@ -644,7 +638,7 @@ def wilson_interval(value, n):
     z2 = 1.96**2
     centre = value + z2 / (2 * n)
     half = 1.96 * math.sqrt(value * (1 - value) / n + z2 / (4 * n * n))
-    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+    return max(0.0, centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
 
 
 # ---------------------------------------------------------- feature networks
@@ -826,8 +820,8 @@ class Features:
     name: str  # of the set
     count: int | None  # images; None for statistics from a file
     network: str  # the name of the network
-    size: tuple | None = None  # (H, W) of the images; None if they are mixed or unknown
     turned: int = 0  # images that were turned upright, as their EXIF orientation asks
+    size: tuple | None = None  # (H, W) of the images; None if they are mixed or unknown
     pool: tuple | None = None  # mean (D,) and covariance (D, D) of the pooled features, float64
     spatial: tuple | None = None  # those of the spatial features
     rows: torch.Tensor | None = None  # (N, D) float32, each image's pooled features
@@ -894,34 +888,38 @@ def extract_features(name, count, batches, network, accelerator, wanted, image_n
     for kind, rows in kept.items():
         gathered[kind] = gather_rows(torch.cat(rows), count, accelerator)
     size = sizes.pop() if len(sizes) == 1 else None
-    return Features(name, count, network.name, size, **gathered)
+    return Features(name, count, network.name, size=size, **gathered)
 
 
 def image_features(source, wanted, network, accelerator, batch_size=256, num_workers=0,
-                   save_ref=None, progress=False):
-    """The Features `wanted` of images that exist: ImageData or NpzImages.
+                   save_npz=None, save_ref=None, progress=False):
+    """The Features `wanted` of ImageData, NpzImages or GeneratedImages.
 
-    save_ref: also write the images and their statistics to a reference .npz.
+    save_npz: also write the images and their labels to such a file; save_ref: the images and their
+    statistics.
     """
     # Batches go to the features; on the way they may be shown as progress and kept in a file.
-    if save_ref and isinstance(source, ImageData):
+    path = save_npz or save_ref
+    if path and isinstance(source, ImageData):
         source.check_one_size()
     batches = image_batches(source, accelerator, batch_size, num_workers)
     if progress:
         batches = show_progress(batches, source.name, len(source), accelerator)
-    if save_ref:
-        file = NpzWriter(save_ref, (len(source), *image_size(source), 3), batch_size, accelerator)
+    if path:
+        file = NpzWriter(path, (len(source), *source.size, 3), batch_size, accelerator)
         batches = file.keep(batches)
     features = extract_features(source.name, len(source), batches, network, accelerator, wanted,
                                 source.image_name)
 
     # What is known of the images apart from their features.
+    if save_npz:
+        file.write(arr_1=source.labels)
     if save_ref:
         statistics = named_tensors(dataclasses.replace(features, rows=None))
         file.write(network=network.name, **statistics)
     turned = torch.tensor(source.turned, device=accelerator.device)
-    return dataclasses.replace(features, turned=int(accelerator.reduce(turned)),
-                               labels=class_numbers(source), classes=source.classes)
+    turned = int(accelerator.reduce(turned))
+    return dataclasses.replace(features, turned=turned, **labels_of(source))
 
 
 def reference_features(source, network, accelerator, metrics=None, batch_size=256, num_workers=0,
@@ -952,7 +950,7 @@ def reference_features(source, network, accelerator, metrics=None, batch_size=25
     reference = kept.read(wanted) if cache and not save_ref else None
     if reference is None:
         reference = image_features(source, wanted, network, accelerator, batch_size, num_workers,
-                                   save_ref, progress)
+                                   save_ref=save_ref, progress=progress)
         if cache:
             kept.write(reference)
     say_turned(reference)
@@ -970,102 +968,110 @@ def sample_labels(num_classes, num_samples, mode="random", seed=0):
     return torch.randint(num_classes, (num_samples,), generator=generator)
 
 
-def generate(model, diffusion, vae, labels, accelerator, seed=0, batch_size=256, folder=None,
-             **sampling):
-    """Yield uint8 batches (n, 3, H, W) of this process's share: samples rank, rank + world ...
+class GeneratedImages:
+    """Images that a model makes of noise: sample i depends on its label and on seed + i alone.
 
-    Sample i depends on labels[i], of labels (N,), and on seed + i alone. folder: each sample is
-    written to 000000.png ... there, or read if it is there. sampling: arguments of sample_images.
+    folder: each sample is written to 000000.png ... there, or read if it is there. sampling:
+    arguments of sample_images. settings: all that the images depend on, but for the weights.
     """
-    def draw(numbers):
-        y = labels[numbers].to(accelerator.device)
-        seeds = [seed + i for i in numbers]
-        return sample_images(model, diffusion, vae, y, seeds, **sampling)
 
-    # Shares are interleaved, so that all processes are busy to the end.
-    size = model.input_size * vae.factor
-    mine = torch.arange(accelerator.process_index, len(labels), accelerator.num_processes)
-    for part in mine.split(batch_size):
-        numbers = part.tolist()
+    name = "samples"
+    turned = 0
 
-        # A call that was killed has left its samples in the folder: draw only the others.
-        images = {i: read_sample(folder, i, size) for i in numbers} if folder else {}
-        missing = [i for i in numbers if images.get(i) is None]
-        for some, drawn in in_batches(draw, missing, batch_size):
-            images |= zip(some, drawn, strict=True)
-        if folder:
-            for i in missing:
-                write_sample(folder, i, images[i])
-        yield torch.stack([images[i].to(accelerator.device) for i in numbers])
+    def __init__(self, model, diffusion, vae, num_samples, accelerator, seed=0,
+                 label_mode="random", folder=None, **sampling):
+        self.model, self.diffusion, self.vae = model, diffusion, vae
+        self.accelerator = accelerator
+        self.seed = seed
+        self.folder = folder
+        self.sampling = sampling
+        size = model.input_size * vae.factor
+        self.size = size, size
+        self.labels = sample_labels(model.num_classes, num_samples, label_mode, seed).numpy()
+        self.classes = model_classes(model)
+        self.settings = sampling | dict(
+            num_sampling_steps=diffusion.num_timesteps, objective=diffusion.objective,
+            vae=vae.name, label_mode=label_mode, seed=seed, image_size=size)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def image_name(self, index):
+        return f"the sample of seed {self.seed + index}"
+
+    def take(self, numbers):
+        """The samples of these numbers, uint8 (n, 3, H, W)."""
+        y = torch.from_numpy(self.labels[numbers]).to(self.accelerator.device)
+        seeds = [self.seed + number for number in numbers]
+        return sample_images(self.model, self.diffusion, self.vae, y, seeds, **self.sampling)
+
+    def batches(self, rank, world, batch_size):
+        """Every world-th sample from the rank-th on, as uint8 (n, 3, H, W)."""
+        if self.folder:
+            weights = fingerprint(self.model.state_dict())
+            settings = self.settings | dict(weights=weights)
+            prepare_sample_folder(self.folder, settings, self.accelerator)
+        for part in torch.arange(rank, len(self), world).split(batch_size):
+            numbers = part.tolist()
+
+            # A call that was killed has left its samples in the folder: draw only the others.
+            images = {}
+            if self.folder:
+                images = {i: read_sample(self.folder, i, self.size) for i in numbers}
+            missing = [i for i in numbers if images.get(i) is None]
+            for some, drawn in in_batches(self.take, missing, batch_size):
+                images |= zip(some, drawn, strict=True)
+            if self.folder:
+                for i in missing:
+                    write_sample(self.folder, i, images[i])
+            yield torch.stack([images[i].to(self.accelerator.device) for i in numbers])
 
 
-def evaluate_model(
-    model, diffusion, vae, reference, network, num_samples, accelerator, metrics=None, seed=0,
-    batch_size=256, label_mode="random", intervals=None, held=None, save_images=None,
-    save_npz=None, neighbours=None, progress=False, **sampling,
-):
+def evaluate_model(model, diffusion, vae, reference, network, num_samples, accelerator, seed=0,
+                   label_mode="random", save_images=None, save_npz=None, metrics=None,
+                   batch_size=256, intervals=None, held=None, neighbours=None, progress=False,
+                   **sampling):
     """Generate num_samples images and compare them with a reference: a dict of metrics, settings.
 
-    reference, held: Features of the images to compare with, and of real ones held out of these.
-    metrics: default all that network, reference and number allow. intervals: of 95 %; default up to
-    INTERVALS_UP_TO samples. save_images: a folder of PNG files, from which a killed evaluation
-    resumes. save_npz: an ADM .npz to write. neighbours: (a PNG to write, ImageData or NpzImages of
-    the reference), see draw_neighbours. sampling: arguments of sample_images. Every process
-    computes the metrics, so that none waits for another's.
+    save_images: a folder of PNG files, from which a killed evaluation resumes. save_npz: an ADM
+    .npz to write. sampling: arguments of sample_images. The others are those of evaluate_images.
     """
-    # What cannot be compared is refused before anything is drawn.
-    size = model.input_size * vae.factor
-    check_size(reference, (size, size))
-    classes = model_classes(model)
-    metrics = choose_metrics(metrics, network, reference, num_samples, classes, held)
-    intervals = num_samples <= INTERVALS_UP_TO if intervals is None else intervals
-    settings = sampling | dict(
-        num_sampling_steps=diffusion.num_timesteps, objective=diffusion.objective, vae=vae.name,
-        label_mode=label_mode, seed=seed, image_size=size)
-
-    # Noise -> images -> features, one batch at a time; kept on the way if so asked.
-    labels = sample_labels(model.num_classes, num_samples, label_mode, seed)
-    if save_images:
-        weights = fingerprint(model.state_dict())
-        prepare_sample_folder(save_images, settings | dict(weights=weights), accelerator)
-    batches = generate(
-        model, diffusion, vae, labels, accelerator, seed, batch_size, save_images, **sampling)
-    if progress:
-        batches = show_progress(batches, "samples", num_samples, accelerator)
-    if save_npz:
-        file = NpzWriter(save_npz, (num_samples, size, size, 3), batch_size, accelerator)
-        batches = file.keep(batches)
-    wanted = needed_of_samples(metrics, intervals)
-    samples = extract_features("samples", num_samples, batches, network, accelerator, wanted,
-                               lambda i: f"the sample of seed {seed + i}")
-    if save_npz:
-        file.write(arr_1=labels.numpy())
-    samples = dataclasses.replace(samples, labels=labels, classes=classes)
-
-    # What looks most like a copy is drawn again, from its seed.
-    def redraw(numbers):
-        y = labels[numbers].to(accelerator.device)
-        return sample_images(model, diffusion, vae, y, [seed + i for i in numbers], **sampling)
-
-    if neighbours and accelerator.is_main_process:
-        draw_neighbours(*neighbours, reference, samples, redraw)
-    return compare(reference, samples, network, metrics, intervals, held) | settings
+    images = GeneratedImages(
+        model, diffusion, vae, num_samples, accelerator, seed, label_mode, save_images, **sampling)
+    return evaluate_images(
+        images, reference, network, accelerator, metrics, batch_size, intervals=intervals,
+        held=held, save_npz=save_npz, neighbours=neighbours, progress=progress)
 
 
 def evaluate_images(source, reference, network, accelerator, metrics=None, batch_size=256,
-                    num_workers=0, intervals=None, held=None, neighbours=None, progress=False):
-    """Compare images that exist, ImageData or NpzImages, with a reference: as evaluate_model."""
-    check_size(reference, image_size(source))
+                    num_workers=0, intervals=None, held=None, save_npz=None, neighbours=None,
+                    progress=False):
+    """Compare images with a reference: a dict of metrics and settings.
+
+    source: ImageData, NpzImages or GeneratedImages. reference, held: Features of the images to
+    compare with, and of real ones held out of these. metrics: default all that network, reference
+    and number allow. intervals: of 95 %; default up to INTERVALS_UP_TO images. neighbours: (a PNG
+    to write, ImageData or NpzImages of the reference), see draw_neighbours. Every process computes
+    the metrics, so that none waits for another's.
+    """
+    # What cannot be compared is refused before anything is read or drawn.
+    if None not in (source.size, reference.size) and source.size != reference.size:
+        own, other = (f"{width} x {height}" for height, width in (source.size, reference.size))
+        raise InputError(f"the samples have {own} pixels, the reference {reference.name} has "
+                         f"{other}: make them equal with --image-size")
     metrics = choose_metrics(metrics, network, reference, len(source), source.classes, held)
     intervals = len(source) <= INTERVALS_UP_TO if intervals is None else intervals
-    wanted = needed_of_samples(metrics, intervals)
+
+    # The Features that the metrics, and their intervals, need of the samples.
+    wanted = set().union(*(METRICS[name].samples for name in metrics))
+    wanted = wanted.union(*(METRICS[name].interval for name in metrics if intervals))
     samples = image_features(source, wanted, network, accelerator, batch_size, num_workers,
-                             progress=progress)
+                             save_npz, progress=progress)
     say_turned(samples)
     if neighbours and accelerator.is_main_process:
-        draw_neighbours(*neighbours, reference, samples, functools.partial(read_images, source))
+        draw_neighbours(*neighbours, reference, samples, source)
     result = compare(reference, samples, network, metrics, intervals, held)
-    return result | dict(samples=source.name)
+    return result | source.settings
 
 
 def evaluate_autoencoder(vae, data, network, accelerator, batch_size=256, num_workers=0, grid=None):
@@ -1078,7 +1084,7 @@ def evaluate_autoencoder(vae, data, network, accelerator, batch_size=256, num_wo
     originals = image_features(
         data, {"pool"}, network, accelerator, batch_size, num_workers, progress=True)
     # What is measured of each image; SSIM has windows of 11 pixels.
-    size = min(image_size(data))
+    size = min(data.size)
     scores = dict(psnr=[], ssim=[]) if size >= 11 else dict(psnr=[])
     functions = dict(psnr=peak_signal_to_noise, ssim=structural_similarity)
     shown = []
@@ -1125,43 +1131,53 @@ def compare(reference, samples, network, metrics, intervals=False, held=None):
     """
     result = {}
 
+    # A metric and, if so asked, the ends of its interval: of its standard error, which takes time
+    # to compute, or as of a proportion of so many images.
+    def put(name, value, error, *args, least=0.0):
+        result[name] = value
+        if intervals:
+            half = 1.96 * error(*args)
+            result[f"{name}_low"], result[f"{name}_high"] = max(least, value - half), value + half
+
+    def put_share(name, share, images):
+        result[name] = share
+        if intervals:
+            result[f"{name}_low"], result[f"{name}_high"] = wilson_interval(share, images)
+
     # Distances of Gaussians fitted to the features.
     if "fid" in metrics:
         pools = (*reference.pool, *samples.pool)
-        error = frechet_error(samples.rows, *pools) if intervals else None
-        result |= with_interval(network.distance.lower(), frechet_distance(*pools), error)
+        name = network.distance.lower()
+        put(name, frechet_distance(*pools), frechet_error, samples.rows, *pools)
     if "fdr" in metrics:
-        sets = (*reference.pool, samples.rows, held.rows)
-        result["fdr"] = frechet_ratio(*sets)
+        ratio, error = frechet_ratio(*reference.pool, samples.rows, held.rows)
+        result["fdr"] = ratio
         if intervals:
-            factor = math.exp(1.96 * frechet_ratio_error(*sets))
-            result |= dict(fdr_low=result["fdr"] / factor, fdr_high=result["fdr"] * factor)
+            factor = math.exp(1.96 * error)
+            result["fdr_low"], result["fdr_high"] = ratio / factor, ratio * factor
     if "sfid" in metrics:
         spatials = (*reference.spatial, *samples.spatial)
-        error = frechet_error(samples.spatial_rows, *spatials) if intervals else None
-        result |= with_interval("sfid", frechet_distance(*spatials), error)
+        put("sfid", frechet_distance(*spatials), frechet_error, samples.spatial_rows, *spatials)
 
     # The nearest reference image of each sample: is it of the class asked for, is it a copy?
-    if "mem" in metrics or ("agree" in metrics and not knows_classes(network, samples.classes)):
+    read = samples.read if knows_classes(network, samples.classes) else None
+    if "mem" in metrics or ("agree" in metrics and read is None):
         nearest = find_nearest(reference.rows, samples.rows)
     if "agree" in metrics:
-        read = samples.read
-        if not knows_classes(network, samples.classes):
+        if read is None:
             read = reference.labels.to(nearest[0].device)[nearest[0]]
         agreement = class_agreement(samples.labels.to(read.device), read)
-        result |= with_wilson("class_agreement", agreement, samples.count, intervals)
+        put_share("class_agreement", agreement, samples.count)
     if "mem" in metrics:
-        share = memorization(reference.rows, samples.rows, nearest)
-        result |= with_wilson("memorization", share, samples.count, intervals)
+        put_share("memorization", memorization(reference.rows, samples.rows, nearest),
+                  samples.count)
         if held:
-            share = memorization(reference.rows, held.rows)
-            result |= with_wilson("memorization_real", share, held.count, intervals)
+            put_share("memorization_real", memorization(reference.rows, held.rows), held.count)
 
     # How sure the classifier is of each sample, and how different the samples are.
     if "is" in metrics:
         score, std = inception_score(samples.probs)
-        error = inception_error(samples.probs) if intervals else None
-        result |= with_interval("inception_score", score, error)
+        put("inception_score", score, inception_error, samples.probs)
         result |= dict(inception_score_std=std, is_split_size=5000)
 
     # Shares of one set in the neighbourhoods of the other, from one pass over all pairs: each is a
@@ -1170,21 +1186,20 @@ def compare(reference, samples, network, metrics, intervals=False, held=None):
     near = find_neighbours(reference.rows, samples.rows, ks) if ks else {}
     if "pr" in metrics:
         precision, recall = precision_recall(reference.rows, samples.rows, 3, near)
-        result |= with_wilson("precision", precision, samples.count, intervals)
-        result |= with_wilson("recall", recall, reference.count, intervals)
+        put_share("precision", precision, samples.count)
+        put_share("recall", recall, reference.count)
         result |= dict(pr_k=3)
     if "dc" in metrics:
         density, coverage = density_coverage(reference.rows, samples.rows, 5, near)
-        error = density_error(near[5], 5) if intervals else None
-        result |= with_interval("density", density, error)
-        result |= with_wilson("coverage", coverage, reference.count, intervals)
+        put("density", density, density_error, near[5], 5)
+        put_share("coverage", coverage, reference.count)
         result |= dict(dc_k=5)
 
     # The unbiased distance, which may be negative.
     if "kid" in metrics:
-        kid, std = kernel_distance(reference.rows, samples.rows)
-        error = kernel_error(reference.rows, samples.rows, std) if intervals else None
-        result |= with_interval("kid", kid, error, least=-math.inf)
+        sets = reference.rows, samples.rows
+        kid, std = kernel_distance(*sets)
+        put("kid", kid, kernel_error, *sets, std, least=-math.inf)
         result |= dict(kid_std=std, kid_subsets=100, kid_seed=2020,
                        kid_subset_size=min(1000, samples.count, reference.count))
 
@@ -1192,28 +1207,6 @@ def compare(reference, samples, network, metrics, intervals=False, held=None):
         features=network.name, reference=reference.name, num_samples=samples.count,
         num_reference=reference.count, num_held_out=held.count if held else 0,
         warnings="; ".join(cautions(reference, samples, network, metrics, held)))
-
-
-def with_interval(name, value, error, least=0.0):
-    """{name: value} and, if its standard error is known, the ends of its 95 % interval."""
-    if error is None:
-        return {name: value}
-    low, high = value - 1.96 * error, value + 1.96 * error
-    return {name: value, f"{name}_low": max(least, low), f"{name}_high": high}
-
-
-def with_wilson(name, value, trials, intervals):
-    """{name: value} and, if so asked, the ends of the 95 % interval of a proportion of trials."""
-    if not intervals:
-        return {name: value}
-    low, high = wilson_interval(value, trials)
-    return {name: value, f"{name}_low": max(0.0, low), f"{name}_high": high}
-
-
-def needed_of_samples(metrics, intervals):
-    """The names of the Features that the metrics, and their intervals, need of the samples."""
-    needs = set().union(*(METRICS[name].samples for name in metrics))
-    return needs.union(*(METRICS[name].interval for name in metrics if intervals))
 
 
 def choose_metrics(asked, network, reference=None, num_samples=None, classes=None, held=None):
@@ -1269,32 +1262,17 @@ def why_not(name, network, reference, num_samples, classes, held):
     if name == "agree" and not knows_classes(network, classes):
         if classes is None:
             return "the samples have no classes"
-        if not same_classes(classes, reference.classes):
+        # Number and names of classes are compared as far as they are known.
+        known = reference.classes or (None, None)
+        differ = (a != b and None not in (a, b) for a, b in zip(classes, known, strict=True))
+        if reference.classes is None or any(differ):
             return f"the reference {reference.name} has not the samples' classes"
     return None
-
-
-def same_classes(one, other):
-    """Whether two sets have the same classes, by their number and names as far as these are known.
-
-    Each is None for no classes, or (number, names).
-    """
-    if one is None or other is None:
-        return False
-    return all(a is None or b is None or a == b for a, b in zip(one, other, strict=True))
 
 
 def knows_classes(network, classes):
     """Whether the network itself tells these classes: ImageNet's thousand, in the usual order."""
     return network.imagenet and classes is not None and classes[0] == 1000
-
-
-def check_size(reference, size):
-    """InputError unless samples of size (H, W) can be compared with reference Features."""
-    if None not in (size, reference.size) and size != reference.size:
-        own, other = (f"{width} x {height}" for height, width in (size, reference.size))
-        raise InputError(f"the samples have {own} pixels, the reference {reference.name} has "
-                         f"{other}: make them equal with --image-size")
 
 
 def cautions(reference, samples, network, metrics, held=None):
@@ -1362,7 +1340,7 @@ def decode_image(image, name, upright=True):
     read. Both drop transparency. Raises BrokenImage, with the name, for what PIL cannot read whole.
     """
     # Whatever PIL says about an image that it cannot read becomes one line with its name.
-    turn = None
+    turned = False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # bombs are refused below, and odd tags do not matter
@@ -1375,8 +1353,7 @@ def decode_image(image, name, upright=True):
 
             # Cameras turn the picture by a tag alone; 16-bit gray is clipped by convert.
             if upright:
-                turn = exif_turn(image)
-                image = image if turn is None else image.transpose(turn)
+                image, turned = turn_upright(image)
             if upright and image.mode.startswith("I"):
                 values = (np.asarray(image).astype(np.int64) + 128) // 257
                 image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
@@ -1384,21 +1361,17 @@ def decode_image(image, name, upright=True):
     except Exception as error:  # PIL raises a dozen kinds
         reason = " ".join(str(error).split())
         raise BrokenImage(f"cannot read {name}: {reason}") from error
-    image.info["turned"] = turn is not None
+    image.info["turned"] = turned
     return image
 
 
-def exif_turn(image):
-    """PIL's number of the turn that the EXIF orientation asks for; None for no turn."""
+def turn_upright(image):
+    """(the image as its EXIF orientation asks, whether it was turned)."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        return ImageOps.exif_transpose(image) if turned else image, turned
     except Exception:  # broken EXIF around whole pixels: the picture is used as it is
-        return None
-    turns = Image.Transpose
-    return {
-        2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
-        6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90,
-    }.get(orientation)
+        return image, False
 
 
 class ImageData(torch.utils.data.Dataset):
@@ -1428,6 +1401,7 @@ class ImageData(torch.utils.data.Dataset):
         self.upright = upright
         self.split = split
         self.turned = 0
+        self.settings = dict(samples=name)
         self.classes = (self.num_classes, class_names) if class_names else None
         if not len(labels):
             raise InputError(f"there are no images in {name}")
@@ -1453,6 +1427,15 @@ class ImageData(torch.utils.data.Dataset):
         array = array[:, ::-1] if mirror else array
         pixels = torch.from_numpy(array.transpose(2, 0, 1).copy())  # (3, S, S)
         return pixels, int(self.labels[index]), image.info["turned"]
+
+    def take(self, numbers):
+        """The images of these numbers, uint8 (3, H, W)."""
+        return [self[number][0] for number in numbers]
+
+    @property
+    def size(self):
+        """(H, W) of the first image."""
+        return tuple(self[0][0].shape[1:])
 
     def image_name(self, index):
         """What messages call an image: its file, or its number."""
@@ -1483,31 +1466,23 @@ class ImageData(torch.utils.data.Dataset):
 
     def headers(self):
         """Yields each image that PIL opens, not decoded; reading names the others."""
-        for item in self.items():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    image = open_image(item)
-                except Exception:  # PIL raises a dozen kinds
-                    continue
-            yield image
-
-    def items(self):
-        """Yields each image as it is stored; asked for one by one, rows of a table are slow."""
-        for rows in np.array_split(self.rows, math.ceil(len(self.rows) / 1000)):
-            if hasattr(self.images, "source"):  # a column of datasets
-                yield from self.images[rows.tolist()]
-            else:
-                yield from (self.images[int(row)] for row in rows)
+        for part in np.array_split(self.rows, math.ceil(len(self.rows) / 1000)):
+            # Asked for one by one, rows of a column of `datasets` would be slow.
+            rows = part.tolist()
+            is_column = hasattr(self.images, "source")
+            for item in self.images[rows] if is_column else [self.images[row] for row in rows]:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    try:
+                        image = open_image(item)
+                    except Exception:  # PIL raises a dozen kinds
+                        continue
+                yield image
 
     def all_gray(self):
         """Whether all images are gray, by the modes in their headers."""
-        modes = set()
-        for image in self.headers():
-            modes.add(image.mode)
-            if not modes <= GRAY_MODES:
-                break
-        return bool(modes) and modes <= GRAY_MODES
+        grays = (image.mode in GRAY_MODES for image in self.headers())
+        return next(grays, False) and all(grays)
 
     def check_one_size(self):
         """InputError, before anything is read, when uncropped images have two sizes."""
@@ -1525,7 +1500,7 @@ class ImageData(torch.utils.data.Dataset):
         """
         spread = np.linspace(0, len(self) - 1, min(len(self), 1000)).astype(int)
         sample = [beginning(self.images[int(row)]) for row in self.rows[spread]]
-        names = self.images.names if isinstance(self.images, FileList) else b""
+        names = b"\0".join(self.images.names) if isinstance(self.images, FileList) else b""
         arrays = [torch.from_numpy(array.astype(np.int64)) for array in (self.rows, self.labels)]
         return fingerprint(*arrays, self.class_names, names, sample)
 
@@ -1599,44 +1574,45 @@ def load_folder(
     folder = folder or FolderTree(path)
 
     # Splits: all folders with images have such names. Folders without images, say logs, are aside.
-    splits = [name for name, child in folder.folders.items() if child.total]
+    splits = folder.with_images()
     if not all(split_kind(name) in SPLITS for name in splits):
         splits = []
-    if splits and folder.count:
-        raise mixture_error(path, folder, splits)
+    if splits and len(folder.images):
+        raise mixture_error(path, folder)
     split = choose_split(splits or ["train"], split, path)
     root, part = (os.path.join(path, split), folder.folders[split]) if splits else (path, folder)
 
     # What lies beside the images is said, so that nothing is missing without a word.
-    others = part.left_out()
     notes = []
     if not part.total:
-        raise InputError(f"there are no images in {printable(root)}{list_suffixes(others)}")
-    if others:
-        notes.append(f"left out{list_suffixes(others)}")
+        raise InputError(f"there are no images in {printable(root)}{list_suffixes(part.others)}")
+    if part.others:
+        notes.append(f"left out{list_suffixes(part.others)}")
     if folder.outputs:
         notes.append(f"left out: own output in {', '.join(map(printable, folder.outputs[:3]))}")
 
+    # All names are relative to the folder of the split, or to the one above for metadata.
+    names = []
+    above = f"{split}/" if splits else ""
+    metadata = list(folder.metadata) if splits else []
+    for below, child in part.walk():
+        names.append(np.char.add(os.fsencode(below), child.images))
+        metadata += [above + below + file for file in child.metadata]
+    files = FileList(root, np.concatenate(names))
+
     # Metadata files count before class folders, as they do for Hugging Face's imagefolder.
-    files = FileList(root, part.names())
-    prefix = f"{split}/" if splits else ""
-    metadata = folder.metadata if splits else []
-    for below, child in part.walk(prefix):
-        metadata = metadata + [below + file for file in child.metadata]
     if metadata:
-        files, labels, names, note = read_metadata(path, metadata, prefix, files, label_column)
+        files, labels, classes, note = read_metadata(path, metadata, above, files, label_column)
         notes.insert(0, note)
     elif label_column:
         raise InputError(f"--label-column {label_column}: {printable(path)} has no metadata file")
     else:
-        names = class_folders(root, part)
-        counts = [part.folders[name].total for name in names] or [part.total]
+        classes = class_folders(root, part)
+        counts = [part.folders[name].total for name in classes] or [part.total]
         labels = np.repeat(np.arange(len(counts)), counts)
-
-    names = [printable(name) for name in names] or None
+    classes = [printable(name) for name in classes] or None
     data = ImageData(
-        base_name(path), files, labels, names, image_size, upright=upright, split=split
-    )
+        base_name(path), files, labels, classes, image_size, upright=upright, split=split)
     return announce(data, splits, notes)
 
 
@@ -1651,14 +1627,43 @@ def main(args):
         plot_run(args.plot_run, args.plot)
         return
     accelerator = make_accelerator(tf32=args.tf32)
-    if args.reconstruct:
-        score_autoencoder(args, accelerator)
-        return
+    runs = [score_autoencoder(args, accelerator)] if args.reconstruct else score(args, accelerator)
 
-    # 2. Open what is scored: images that exist, or models, of which the first is read now. Without
+    # 2. Print the metrics of each run, write them, draw them.
+    if accelerator.is_main_process and runs:
+        result = runs if len(runs) > 1 else runs[0]
+        print_metrics(result)
+        if args.json:
+            write_json(args.json, result)
+        if args.plot and not args.reconstruct:
+            plot_metrics(runs, args.plot)
+    accelerator.end_training()
+
+
+def score_autoencoder(args, accelerator):
+    """--reconstruct: what --vae makes of images, against the images."""
+    network = choose_features(args, args.reconstruct, accelerator)
+    vae = Autoencoder.load(args.vae or "mse", accelerator.device)
+    size = args.image_size or (8 if args.reconstruct == "digits" else 256)
+    data = open_images(args.reconstruct, args, size)
+    return evaluate_autoencoder(
+        vae, data, network, accelerator, args.per_proc_batch_size, args.num_workers, args.plot)
+
+
+def choose_features(args, data, accelerator):
+    args.features = args.features or ("efficientnet-lite0" if data == "digits" else "inception")
+    check_args(args)  # again, now that they are complete
+    return load_features(args.features, accelerator.device, args.resize or "adm")
+
+
+def score(args, accelerator):
+    """The metrics of each run: of images that exist, or of each model and each swept value."""
+    # 1. Open what is scored: images that exist, or models, of which the first is read now. Without
     #    --ref they are compared with the data that it was trained on.
     samples = open_images(args.samples, args, args.image_size) if args.samples else None
-    ckpts = choose_models(args)
+    ckpts = args.ckpt or [f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"]
+    if samples or saves_only(args):
+        ckpts = []
     first = load_model(ckpts[0], args, accelerator.device) if ckpts else None
     rows = sweep_rows(args)
     if first:
@@ -1666,39 +1671,36 @@ def main(args):
             sampling_settings(row, first[0], cfg_scale=1.0)
         take_reference(args, ckpts[0], first[0].metadata)
 
-    # 3. Open the reference and the feature network, and see which metrics they allow.
-    args.features = args.features or (
-        "efficientnet-lite0" if args.ref == "digits" else "inception")
-    check_args(args)
-    network = load_features(args.features, accelerator.device, args.resize or "adm")
-    reference = open_reference(args, network, samples, first)
-    reference, held = hold_out(args, reference, first)
+    # 2. Open the reference and the feature network, and see which metrics they allow.
+    network = choose_features(args, args.ref, accelerator)
+    reference, held = open_reference(args, network, samples, first)
     asked = None
     if args.metrics is not None:
         asked = [name.strip() for name in args.metrics.split(",")]
+    count = classes = None
     if samples:
         count = len(samples)
         classes = samples.classes
-    else:
-        count = args.num_fid_samples if ckpts else None
-        classes = model_classes(first[0]) if first else None
+    elif first:
+        count = args.num_fid_samples
+        classes = model_classes(first[0])
     metrics = choose_metrics(asked, network, reference, count, classes, held)
     neighbours = find_neighbour_images(args, reference, metrics)
 
-    # 4. Features of the reference: once, for all that is compared with it.
+    # 3. Features of the reference: once, for all that is compared with it.
     common = dict(batch_size=args.per_proc_batch_size, progress=True)
     reading = dict(num_workers=args.num_workers, cache=args.reference_cache)
     reference = reference_features(reference, network, accelerator, metrics,
                                    save_ref=args.save_ref, **reading, **common)
     if held:
-        held = reference_features(held, network, accelerator, ("kid",), **reading, **common)
+        held = reference_features(held, network, accelerator, ("mem",), **reading, **common)
 
-    # 5. Features of the samples, and their comparison with the reference's: one run each.
+    # 4. Features of the samples, and their comparison with the reference's: one run each.
     common |= dict(metrics=metrics, intervals=args.intervals, held=held, neighbours=neighbours)
-    runs = []
     if samples:
-        runs.append(evaluate_images(
-            samples, reference, network, accelerator, num_workers=args.num_workers, **common))
+        return [evaluate_images(samples, reference, network, accelerator,
+                                num_workers=args.num_workers, **common)]
+    runs = []
     for ckpt in ckpts:
         model, vae, _ = first if ckpt == ckpts[0] else load_model(ckpt, args, accelerator.device)
         for row, swept in rows:
@@ -1708,16 +1710,7 @@ def main(args):
                 seed=args.seed, label_mode=args.label_mode, save_images=row.save_images,
                 save_npz=args.save_npz, **common, **sampling)
             runs.append(result | swept | dict(ckpt=ckpt, step=model.metadata.get("step", 0)))
-
-    # 6. Print them, write them, draw them.
-    if accelerator.is_main_process and runs:
-        result = runs if len(runs) > 1 else runs[0]
-        print_metrics(result)
-        if args.json:
-            write_json(args.json, result)
-        if args.plot:
-            plot_metrics(runs, args.plot)
-    accelerator.end_training()
+    return runs
 
 
 DATA_FLAGS = [
@@ -1728,22 +1721,6 @@ DATA_FLAGS = [
     Flag("--upright", "turn images as their EXIF orientation says; --no-upright reads the pixels "
          "that ADM, clean-fid and torch-fidelity read", True),
 ]
-def score_autoencoder(args, accelerator):
-    """--reconstruct: what --vae makes of images, against the images."""
-    features = args.features or (
-        "efficientnet-lite0" if args.reconstruct == "digits" else "inception")
-    network = load_features(features, accelerator.device, args.resize or "adm")
-    vae = Autoencoder.load(args.vae or "mse", accelerator.device)
-    size = args.image_size or (8 if args.reconstruct == "digits" else 256)
-    data = open_images(args.reconstruct, args, size)
-    result = evaluate_autoencoder(
-        vae, data, network, accelerator, args.per_proc_batch_size, args.num_workers, args.plot)
-    if accelerator.is_main_process:
-        print_metrics(result, "Reconstruction")
-        if args.json:
-            write_json(args.json, result)
-
-
 SWEEPABLE = ("cfg_scale", "num_sampling_steps", "sampler", "guidance_interval", "eta")
 SCORED_FLAGS = [
     Flag("--ckpt", "a run's folder, a weights file, or a name that downloads; several are compared",
@@ -1886,13 +1863,6 @@ def check_args(args):
                              "existing folder")
 
 
-def choose_models(args):
-    """The names of the checkpoints to score, none if there are only images."""
-    if args.samples or saves_only(args):
-        return []
-    return args.ckpt or [f"{args.model or 'DiT-XL/2'}-{args.image_size or 256}"]
-
-
 def take_reference(args, ckpt, metadata):
     """Without --ref, fill in the flags that say which data the model was trained on."""
     if args.ref:
@@ -1907,50 +1877,44 @@ def take_reference(args, ckpt, metadata):
 
 
 def open_reference(args, network, samples, first):
-    """What --ref names: a ReferenceFile, or ImageData of the size of what is scored."""
+    """(what --ref names, a ReferenceFile or ImageData, and what is held out of it or None)."""
     # A file is taken as it is, a data set is cropped to what it is compared with.
     if is_archive(args.ref):
         reference = ReferenceFile(args.ref, network)
         if args.save_ref and reference.statistics:
             raise InputError(f"{args.ref} has statistics: --save-ref computes those of images")
-        return reference
+        return reference, None
     model, _, size = first or (None, None, args.image_size)
-    if samples and not size and not is_image_folder(args.ref):
-        size = min(image_size(samples))  # a folder is compared as it is
 
     # What the model was trained on may have gone, and images that it left out are broken.
-    trained_on = model.metadata if model else {}
+    trained_on = {}
+    if model and same_path(args.ref, model.metadata.get("data_path")):
+        trained_on = model.metadata
     try:
         data = open_images(args.ref, args, size)
     except InputError as error:
-        if not same_path(args.ref, trained_on.get("data_path")):
+        if not trained_on:
             raise
         raise InputError(f"cannot read what the model was trained on: {error}; or give another "
                          "--ref") from error
-    if same_path(args.ref, trained_on.get("data_path")) and trained_on.get("left_out"):
+    if trained_on.get("left_out"):
         data = data.without(trained_on["left_out"])
-    return data
+    if samples and data.image_size and not size:  # not a folder, which is compared as it is
+        data.image_size = min(samples.size)
 
-
-def hold_out(args, reference, first):
-    """(the reference without what --val-split holds out of it, the held-out images or None)."""
-    trained_on = first[0].metadata if first else {}
-    split = args.val_split
-    if split is None and same_path(args.ref, trained_on.get("data_path")):
-        split = trained_on.get("val_split")
-    if split is None or not isinstance(reference, ImageData):
-        return reference, None
+    # Real images for comparison: a share of the reference, or another split.
+    split = args.val_split or trained_on.get("val_split") or 0
     try:
         share = float(split)
     except ValueError:
-        held = load_data(args.ref, reference.image_size, args.image_column, args.label_column,
-                         split, args.upright)
-        if held.split == reference.split:
+        held = load_data(args.ref, data.image_size, args.image_column, args.label_column, split,
+                         args.upright)
+        if held.split == data.split:
             raise InputError(f"--val-split {split} is the reference itself") from None
-        return reference, held
-    if not 0 < share < 1:
+        return data, held
+    if not 0 <= share < 1:
         raise InputError(f"--val-split {split}: give a share between 0 and 1, or a split's name")
-    return reference.hold_out(share)
+    return data.hold_out(share) if share else (data, None)
 
 
 def find_neighbour_images(args, reference, metrics):
@@ -2006,11 +1970,6 @@ def open_images(path, args, size=None):
         path, size, args.image_column, args.label_column, args.split, args.upright)
 
 
-def image_size(source):
-    """(H, W) of the images of a source: of its first, where they are decoded one by one."""
-    return source.shape[1:3] if isinstance(source, NpzImages) else tuple(source[0][0].shape[1:])
-
-
 # ---------------------------------------------------------- machinery: skip it on a first reading
 
 
@@ -2027,9 +1986,10 @@ def float64_device(accelerator):
     return torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
 
 
-def class_numbers(source):
-    """The class of each image of ImageData or NpzImages, int64 (N,), or None."""
-    return torch.from_numpy(source.labels) if source.classes else None
+def labels_of(source):
+    """What Features say of the classes of ImageData or NpzImages."""
+    labels = torch.from_numpy(source.labels) if source.classes else None
+    return dict(labels=labels, classes=source.classes)
 
 
 def model_classes(model):
@@ -2039,23 +1999,12 @@ def model_classes(model):
     return model.num_classes, model.metadata.get("class_names")
 
 
-def read_images(source, numbers):
-    """The images of these numbers, uint8 (3, H, W), of ImageData or NpzImages."""
-    if isinstance(source, ImageData):
-        return [source[number][0] for number in numbers]
-    found = {}
-    for start, batch in enumerate(source.batches(0, 1, 1)):
-        if start in numbers:
-            found[start] = batch[0]
-    return [found[number] for number in numbers]
-
-
-def draw_neighbours(path, real_images, real, fake, read_fake, count=8):
+def draw_neighbours(path, real_images, real, fake, fake_images, count=8):
     """A picture of the samples that look most like copies, above their nearest reference images.
 
-    real_images: ImageData or NpzImages, real and fake: Features with rows; read_fake(numbers) gives
-    images, uint8 (3, H, W). Above each sample stands its number, above each reference image its
-    number and how near it is: its distance over that to its own nearest neighbour.
+    real, fake: Features with rows; real_images, fake_images: the sources of these. Above each
+    sample stands its number, above each reference image its number and how near it is: its distance
+    over that to its own nearest neighbour.
     """
     nearest, nearness = find_nearest(real.rows, fake.rows)
     worst = nearness.sort(stable=True).indices[:count].tolist()
@@ -2065,8 +2014,8 @@ def draw_neighbours(path, real_images, real, fake, read_fake, count=8):
                for i, number in zip(worst, pairs, strict=True)]
 
     # Reference images of another size are shown in the samples'.
-    shown = torch.stack(list(read_fake(worst))).cpu()
-    for image in read_images(real_images, pairs):
+    shown = torch.stack(list(fake_images.take(worst))).cpu()
+    for image in real_images.take(pairs):
         image = F.interpolate(image[None].float(), size=tuple(shown.shape[2:]), mode="area")
         shown = torch.cat([shown, image.round().to(torch.uint8)])
     save_grid(shown, path, len(worst), labels)
@@ -2126,6 +2075,17 @@ def open_npz(path):
         raise InputError(f"cannot read {path}: {error}") from error
 
 
+def read_arrays(path, *names):
+    """Those of the arrays with these names that an .npz has: {name: array}."""
+    arrays = {}
+    with open_npz(path) as archive:
+        for name in names:
+            if f"{name}.npy" in archive.namelist():
+                with archive.open(f"{name}.npy") as file:
+                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays
+
+
 class NpzImages:
     """The images of an ADM .npz file: arr_0, uint8 (N, H, W, 3), read in order and never whole.
 
@@ -2144,20 +2104,25 @@ class NpzImages:
             raise InputError(f"arr_0 of {path} must be uint8 (N, H, W, 3), rows first, not {dtype} "
                              f"{shape}: convert it")
         self.shape = shape
+        self.size = shape[1:3]
+        self.settings = dict(samples=self.name)
         self.classes = None
-        with open_npz(path) as archive:
-            if "arr_1.npy" in archive.namelist():
-                with archive.open("arr_1.npy") as file:
-                    labels = np.lib.format.read_array(file, allow_pickle=False)
-                if labels.dtype.kind in "iu" and labels.shape == shape[:1]:
-                    self.labels = labels.astype(np.int64)
-                    self.classes = (None, None)
+        for labels in read_arrays(path, "arr_1").values():
+            if labels.dtype.kind in "iu" and labels.shape == shape[:1]:
+                self.labels = labels.astype(np.int64)
+                self.classes = (None, None)
 
     def __len__(self):
         return self.shape[0]
 
     def image_name(self, index):
         return f"image {index} of {self.name}"
+
+    def take(self, numbers):
+        """The images of these numbers, uint8 (3, H, W); all up to the last are read."""
+        images = itertools.islice(self.batches(0, 1, 1), max(numbers) + 1)
+        found = {index: batch[0] for index, batch in enumerate(images) if index in numbers}
+        return [found[number] for number in numbers]
 
     @contextlib.contextmanager
     def open(self):
@@ -2196,45 +2161,36 @@ class ReferenceFile:
         self.path = path
         self.name = printable(Path(path).name)
         # Statistics are small and read now, images are read when they are needed.
-        arrays = {}
         with open_npz(path) as archive:
-            members = set(archive.namelist())
-            for name in ("mu", "sigma", "mu_s", "sigma_s", "network"):
-                if f"{name}.npy" in members:
-                    with archive.open(f"{name}.npy") as file:
-                        arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
-        self.images = NpzImages(path) if "arr_0.npy" in members else None
-        self.count = len(self.images) if self.images else None
+            has_images = "arr_0.npy" in archive.namelist()
+        arrays = read_arrays(path, "mu", "sigma", "mu_s", "sigma_s", "network")
+        self.images = NpzImages(path) if has_images else None
+        self.count = len(self.images) if has_images else None
         self.classes = self.images and self.images.classes
 
         # Statistics, where a file has any, are not mixed with those of its images.
         self.statistics = {kind: self.read_pair(arrays, *pair)
                            for kind, pair in STATISTICS.items() if arrays.keys() >= set(pair)}
-        self.kinds = set(self.statistics) | ({"rows"} if self.images else set())
-        if self.images and not self.statistics:
-            self.kinds |= {"pool", "spatial"}
+        self.kinds = set(self.statistics) | ({"rows"} if has_images else set())
         if not self.kinds:
             raise InputError(f"{path} has neither images arr_0 nor statistics mu and sigma")
         if self.statistics:
             self.check_network(arrays, network)
+        else:
+            self.kinds |= {"pool", "spatial"}
 
-    def read_pair(self, arrays, mean, covariance):
+    def read_pair(self, arrays, *names):
         """A mean (D,) and a covariance (D, D) as float64 tensors."""
-        width = arrays[mean].size
-        if arrays[mean].shape != (width,) or arrays[covariance].shape != (width, width):
-            raise InputError(f"{mean} and {covariance} of {self.path} are no mean and covariance: "
-                             f"{arrays[mean].shape} and {arrays[covariance].shape}")
-        for name in (mean, covariance):
-            if arrays[name].dtype.kind not in "fiu":
-                raise InputError(f"{name} of {self.path} holds no numbers: {arrays[name].dtype}")
-            bad = np.argwhere(~np.isfinite(arrays[name]))
-            if len(bad):
-                where = bad[0].tolist()
-                raise InputError(f"{name} of {self.path} is not finite: "
-                                 f"{arrays[name][tuple(where)]} at {where}")
-        mu, sigma = (torch.from_numpy(arrays[name]).double() for name in (mean, covariance))
+        mu, sigma = (arrays[name] for name in names)
+        numbers = mu.dtype.kind in "fiu" and sigma.dtype.kind in "fiu"
+        if not numbers or mu.shape != (mu.size,) or sigma.shape != (mu.size, mu.size):
+            raise InputError(f"{' and '.join(names)} of {self.path} are no mean and covariance: "
+                             f"{mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}")
+        mu, sigma = (torch.from_numpy(x).double() for x in (mu, sigma))
+        for name, x in zip(names, (mu, sigma), strict=True):
+            check_finite(f"{name} of {self.path}", x)
         if sigma.diagonal().min() < 0 or not torch.allclose(sigma, sigma.T, 1e-3, 1e-6):
-            raise InputError(f"{covariance} of {self.path} is no covariance: it is not symmetric, "
+            raise InputError(f"{names[1]} of {self.path} is no covariance: it is not symmetric, "
                              "or a variance is negative")
         return mu, sigma
 
@@ -2294,15 +2250,14 @@ class ReferenceCache:
 
     def load(self):
         """The tensors of the file and its settings, {} and {} if it is damaged or not there."""
-        try:
-            with safe_open(self.path, "pt") as file:
-                settings = json.loads(file.metadata()["settings"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except OSError:
-            return {}, {}
-        except (SafetensorError, TypeError, KeyError, ValueError):
-            settings = {}
-            tensors = {}
+        tensors = {}
+        settings = {}
+        if not self.path.is_file():
+            return tensors, settings
+        broken = OSError, SafetensorError, TypeError, KeyError, ValueError
+        with contextlib.suppress(*broken), safe_open(self.path, "pt") as file:
+            settings = json.loads(file.metadata()["settings"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if settings.get("fingerprint") != fingerprint(tensors):
             note(f"{self.path} is damaged and is made anew")
             return {}, {}
@@ -2324,10 +2279,9 @@ class ReferenceCache:
         with contextlib.suppress(OSError):
             os.utime(self.path)  # the oldest are those not used for the longest time
         self.report("read from")
-        size = settings["size"] and tuple(settings["size"])
         return Features(
-            self.source.name, len(self.source), self.network.name, size, settings["turned"],
-            labels=class_numbers(self.source), classes=self.source.classes, **found)
+            self.source.name, len(self.source), self.network.name, settings["turned"],
+            settings["size"] and tuple(settings["size"]), **found, **labels_of(self.source))
 
     def write(self, features):
         """Keep Features beside those that are there; what cannot be written is said and no more."""
@@ -2338,21 +2292,20 @@ class ReferenceCache:
         if sum(tensor.nbytes for tensor in tensors.values()) > CACHE_BYTES:
             note(f"the features of {features.name} are too large to be kept")
             return
-        settings = dict(size=features.size, turned=features.turned,
-                        fingerprint=fingerprint(tensors))
-        metadata = dict(settings=json.dumps(settings))
+        settings = json.dumps(dict(
+            size=features.size, turned=features.turned, fingerprint=fingerprint(tensors)))
         try:
-            write_atomically(self.path, lambda path: save_file(tensors, path, metadata))
+            write_atomically(
+                self.path, lambda path: save_file(tensors, path, dict(settings=settings)))
             # The oldest files go, so that no more than CACHE_BYTES are left.
             total = 0
             for _, size, path in self.files():
                 total += size
                 if total > CACHE_BYTES:
                     path.unlink(missing_ok=True)
+            self.report("kept in")
         except (InputError, OSError) as error:
             note(f"the features of {features.name} are not kept: {error}")
-            return
-        self.report("kept in")
 
     def files(self):
         """(time, bytes, path) of this cache's files, whole or left by a kill, newest first."""
@@ -2394,16 +2347,8 @@ class NpzWriter:
         self.file = None
         if accelerator.is_main_process:
             folder = None if is_written_through(self.path) else self.path.parent
-            with self._naming():
+            with writing(self.path):
                 self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by `write`
-
-    @contextlib.contextmanager
-    def _naming(self):
-        """What the system refuses, as an error that names the file."""
-        try:
-            yield
-        except OSError as error:
-            raise RankLocalError(f"cannot write {self.path}: {error}") from error
 
     def keep(self, batches):
         """Yield this process's uint8 batches (n, 3, H, W) as they are, storing those of all."""
@@ -2424,7 +2369,7 @@ class NpzWriter:
             images = images.to(self.accelerator.device)
             together = gather_rows(images, min(step, count - start), self.accelerator)
             if self.file:
-                with self._naming():
+                with writing(self.path):
                     self.file.write(together.permute(0, 2, 3, 1).contiguous().cpu().numpy().data)
             yield images
 
@@ -2473,7 +2418,7 @@ def prepare_sample_folder(folder, settings, accelerator):
 
 
 def read_sample(folder, number, size):
-    """Sample `number` in a folder, uint8 (3, size, size), or None if it is missing or damaged."""
+    """Sample `number` in a folder, uint8 (3, *size), or None if it is missing or damaged."""
     path = Path(folder) / f"{number:06d}.png"
     if not path.is_file():
         return None
@@ -2481,7 +2426,7 @@ def read_sample(folder, number, size):
         array = np.asarray(decode_image(dict(path=path, bytes=None), f"sample {path}"))
     except BrokenImage:
         return None
-    if array.shape != (size, size, 3):
+    if array.shape != (*size, 3):
         return None
     return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
@@ -2535,8 +2480,8 @@ def print_metrics(metrics, title="Evaluation"):
     table = Table("metric", *heads, "meaning", title=title)
     for name in names:
         if not name.endswith(("_low", "_high")):
-            words, meaning = TITLES.get(name, (name.replace("_", " "), ""))
-            table.add_row(words, *[cell(run, name) for run in runs], meaning)
+            meaning = TITLES[name][1] if name in TITLES else ""
+            table.add_row(title_of(name), *[cell(run, name) for run in runs], meaning)
 
     # In a file lines are as long as they need to be; on a terminal they are wrapped.
     width = None if Console().is_terminal else max(90 + 40 * len(runs), Console().width)
@@ -2561,21 +2506,13 @@ def plot_metrics(runs, path):
 
     A sweep with an Inception score also gets the curve of FID against it.
     """
-    sweep = runs[0].get("sweep")
-    if not sweep:
+    swept = runs[0].get("sweep")
+    pairs = [(swept or "step", name) for name in TITLES]
+    if swept:
+        pairs = [("inception_score", "fid"), ("inception_score", "fd"), *pairs]
+    else:
         runs = sorted(runs, key=lambda run: run["step"])
-    x = [run[sweep or "step"] for run in runs]
-    if not all(isinstance(value, int | float) for value in x):
-        x = [str(value) for value in x]
-    label = (sweep or "training step").replace("_", " ")
-    curves = [(TITLES[name][0], label, x, interval_bars(runs, name))
-              for name in TITLES if name in runs[0]]
-    distance = "fid" if "fid" in runs[0] else "fd"
-    if sweep and {"inception_score", distance} <= runs[0].keys():
-        scores = [run["inception_score"] for run in runs]
-        curves.insert(0, (f"{TITLES[distance][0]} against Inception score", "Inception score",
-                          scores, interval_bars(runs, distance)))
-    draw_curves(curves, path)
+    draw_curves(runs, pairs, path)
 
 
 def plot_run(folder, path=None):
@@ -2587,44 +2524,45 @@ def plot_run(folder, path=None):
         lines = sorted(map(json.loads, lines), key=lambda line: line["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--plot-run {folder} has no readable metrics.jsonl: {error}") from error
-
-    # One curve for each number that is a loss, the speed, or a metric.
     names = ["loss", "mse", "vb", "val_loss", "images_per_second", *TITLES]
-    curves = []
-    for name in names:
-        rows = [line for line in lines if isinstance(line.get(name), int | float)]
-        if rows:
-            title = TITLES.get(name, (name.replace("_", " "),))[0]
-            steps = [row["step"] for row in rows]
-            curves.append((title, "training step", steps, interval_bars(rows, name)))
-    if not curves:
+    if not draw_curves(lines, [("step", name) for name in names], path):
         raise InputError(f"--plot-run {folder}: its metrics.jsonl has nothing to draw yet")
-    draw_curves(curves, path)
     print(f"wrote {path}")
 
 
-def interval_bars(runs, name):
-    """[(low, value, high)] of a metric in each run; its interval if there is one."""
-    return [tuple(run.get(f"{name}{end}", run[name]) for end in ("_low", "", "_high"))
-            for run in runs]
+def title_of(name):
+    return TITLES.get(name, (name.replace("_", " "),))[0]
 
 
-def draw_curves(curves, path):
-    """Write a PNG of curves (title, x's label, x (N,), [(low, value, high)]), three in a row."""
+def draw_curves(rows, pairs, path):
+    """Write a PNG with a curve for each pair (x, y) of names, three in a row, y with its interval.
+
+    It is of those rows, dicts, that have the number y. Returns False if there is nothing to draw.
+    """
     import matplotlib.figure  # takes a second, and few need it
 
+    curves = []
+    for x, y in pairs:
+        points = [row for row in rows if x in row and isinstance(row.get(y), int | float)]
+        if points:
+            curves.append((x, y, points))
+    if not curves:
+        return False
     columns = min(3, len(curves))
-    rows = math.ceil(len(curves) / columns)
-    figure = matplotlib.figure.Figure((4 * columns, 3 * rows), layout="constrained")
-    for number, (title, label, x, bars) in enumerate(curves):
-        axes = figure.add_subplot(rows, columns, number + 1)
-        low, value, high = zip(*bars, strict=True)
-        axes.plot(x, value, marker="o" if len(x) < 30 else None)
-        if low != high:
-            axes.vlines(x, low, high, alpha=0.5)
-        axes.set_title(title)
-        axes.set_xlabel(label)
+    lines = math.ceil(len(curves) / columns)
+    figure = matplotlib.figure.Figure((4 * columns, 3 * lines), layout="constrained")
+    for number, (x, y, points) in enumerate(curves):
+        axes = figure.add_subplot(lines, columns, number + 1)
+        axes.set_xlabel(title_of(x))
+        axes.set_ylabel(title_of(y))
+
+        # Samplers and guidance intervals are no numbers: their places on the axis are their names.
+        places = [row[x] if isinstance(row[x], int | float) else str(row[x]) for row in points]
+        axes.plot(places, [row[y] for row in points], marker="o" if len(points) < 30 else None)
+        low, high = ([row.get(f"{y}{end}", row[y]) for row in points] for end in ("_low", "_high"))
+        axes.vlines(places, low, high, alpha=0.5)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+    return True
 
 
 # ---------------------------------------------------------- machinery: folders of images
@@ -2651,16 +2589,13 @@ MAX_CLASSES = 100_000  # larger whole numbers identify something, but no class
 class FolderTree:
     """What lies in a folder and below it; hidden and system folders are left aside.
 
-    images: names of the image files, sorted and joined by NUL: a million cost no more than their
-    letters; count: how many; total: with those below. folders: name -> FolderTree. metadata: names
-    of such files. others: number of other files by suffix. shards: folders that img2dataset wrote.
-    outputs: folders below of the program's own runs and samples, which are left aside too.
+    images: names of the image files in it, an array of bytes, in which a million take little
+    memory; total: how many with those below. folders: name -> FolderTree. metadata: names of such
+    files in it. others: number of other files by suffix, with those below. outputs: folders below
+    of the program's own runs and samples, which are left aside too.
     """
 
     def __init__(self, path, above=()):
-        self.folders = {}
-        self.outputs = []
-        self.others = Counter()
         above = (*above, os.path.realpath(path))
         images = []
         folders = []
@@ -2672,7 +2607,8 @@ class FolderTree:
                 name = entry.name
                 if name[0] == "." or name in SYSTEM:
                     continue
-                if is_folder(entry):
+                # A link to itself is no folder, but is_dir raises an error.
+                if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
                     folders.append(name)
                 elif name[name.rfind(".") :].lower() in readable:
                     images.append(name)
@@ -2681,18 +2617,16 @@ class FolderTree:
         except OSError as error:
             reason = f"{printable(path)}: {error.strerror}"
             raise InputError(f"cannot read the folder {reason}") from error
-        self.images = os.fsencode("\0".join(sorted(images)))
-        self.count = len(images)
-
-        # Other files are counted by suffix; some tell what wrote the folder.
+        self.images = np.array([os.fsencode(name) for name in sorted(images)], dtype=bytes)
         self.metadata = sorted(files & {*METADATA})
-        for name in files - {*METADATA}:
-            self.others[os.path.splitext(name)[1].lower() or "without suffix"] += 1
-        self.shards = {name for name in folders if f"{name}_stats.json" in files}
+        self.others = Counter(
+            os.path.splitext(name)[1].lower() or "without suffix" for name in files - {*METADATA})
         is_run = "config.json" in files and "checkpoints" in folders
         self.is_output = is_run or ("settings.json" in files and holds_samples(path))
 
         # A link stands for what it leads to, unless that is a folder which holds it.
+        self.folders = {}
+        self.outputs = []
         for name in sorted(folders):
             below = os.path.join(path, name)
             if os.path.realpath(below) in above:
@@ -2703,7 +2637,8 @@ class FolderTree:
             else:
                 self.folders[name] = child
                 self.outputs += [f"{name}/{output}" for output in child.outputs]
-        self.total = self.count + sum(child.total for child in self.folders.values())
+                self.others += child.others
+        self.total = len(self.images) + sum(child.total for child in self.folders.values())
 
     def walk(self, prefix=""):
         """(where it lies, folder) of this folder and all below, in torchvision's order."""
@@ -2711,18 +2646,9 @@ class FolderTree:
         for name, folder in self.folders.items():
             yield from folder.walk(f"{prefix}{name}/")
 
-    def names(self):
-        """The names of all image files, relative to this folder, joined by NUL."""
-        parts = []
-        for prefix, folder in self.walk():
-            prefix = os.fsencode(prefix)
-            if folder.count:
-                parts.append(prefix + folder.images.replace(b"\0", b"\0" + prefix))
-        return b"\0".join(parts)
-
-    def left_out(self):
-        """The number of other files by suffix, with those below."""
-        return sum((folder.others for _, folder in self.walk()), Counter())
+    def with_images(self):
+        """The names of the folders in it that have images in them, or below."""
+        return [name for name, child in self.folders.items() if child.total]
 
     def bundles(self):
         """The suffix of the files that `datasets` is to read; None if this is a folder of images.
@@ -2730,11 +2656,10 @@ class FolderTree:
         It is one of images if they are more than the bundles: archives of what lies beside them
         unpacked, or lists of what was downloaded.
         """
-        others = self.left_out()
-        suffix = next((suffix for suffix in BUNDLES if others[suffix]), None)
-        if suffix and others[suffix] >= self.total:
+        suffix = next((suffix for suffix in BUNDLES if self.others[suffix]), None)
+        if suffix and self.others[suffix] >= self.total:
             return suffix
-        return None if self.total else next((suffix for suffix in LISTS if others[suffix]), None)
+        return None if self.total else next(filter(self.others.get, LISTS), None)
 
 
 @functools.cache
@@ -2750,13 +2675,6 @@ def readable_suffixes():
     return readable
 
 
-def is_folder(entry):
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
 def holds_samples(folder):
     """Whether a folder's settings.json is that of evaluate.py --save-images."""
     try:
@@ -2766,31 +2684,17 @@ def holds_samples(folder):
 
 
 class FileList:
-    """Image files below root by their names, joined by NUL: workers share this one object."""
+    """Image files below root by their names, an array of bytes which workers share."""
 
     def __init__(self, root, names):
-        self.root = os.fsencode(root)
+        self.root = root
         self.names = names
-        ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
-        self.ends = np.concatenate([[-1], ends, [len(names)]])
 
     def __len__(self):
-        return len(self.ends) - 1
+        return len(self.names)
 
     def __getitem__(self, index):
-        path = os.path.join(self.root, self.name(index))
-        return dict(path=os.fsdecode(path), bytes=None)
-
-    def name(self, index):
-        return self.names[self.ends[index] + 1 : self.ends[index + 1]]
-
-    def take(self, rows):
-        return FileList(self.root, b"\0".join(self.name(row) for row in rows))
-
-
-def is_image_folder(path):
-    """Whether path is a folder of image files, rather than one of what `datasets` reads."""
-    return os.path.isdir(path) and not is_saved(path) and not FolderTree(path).bundles()
+        return dict(path=os.path.join(self.root, os.fsdecode(self.names[index])), bytes=None)
 
 
 def choose_split(existing, asked, path):
@@ -2837,30 +2741,30 @@ def base_name(path):
 
 def class_folders(root, folder):
     """The names of the class folders, [] for images without classes; InputError if unclear."""
-    full = [name for name, child in folder.folders.items() if child.total]
-    if not full or full[0] in folder.shards or (folder.count and len(full) == 1):
+    full = folder.with_images()
+    shards = full and os.path.exists(os.path.join(root, f"{full[0]}_stats.json"))  # img2dataset's
+    if not full or shards or (len(folder.images) and len(full) == 1):
         return []
-    if folder.count:
-        raise mixture_error(root, folder, full)
+    if len(folder.images):
+        raise mixture_error(root, folder)
 
     # A class without images would shift the numbers of those after it.
     for name, child in folder.folders.items():
         if not child.total and not child.outputs:
             raise InputError(
                 f"the class folder {printable(os.path.join(root, name))} has no image that can be "
-                f"read{list_suffixes(child.left_out())}: convert these, or take the folder away"
-            )
+                f"read{list_suffixes(child.others)}: convert these, or take the folder away")
     return full
 
 
-def mixture_error(root, folder, names):
+def mixture_error(root, folder):
     """The error about images beside folders of images."""
-    image = folder.images.split(b"\0")[0].decode("utf-8", "backslashreplace")
+    names = folder.with_images()
     shown = ", ".join(map(printable, names[:3])) + ", ..." * (len(names) > 3)
     return InputError(
-        f"{printable(root)} holds images ({image}) beside folders of images ({shown}): move the "
-        "images into the folder of their class or away, or for no classes all into one folder"
-    )
+        f"{printable(root)} holds images ({printable(folder.images[0])}) beside folders of images "
+        f"({shown}): move the images into the folder of their class or away, or for no classes all "
+        "into one folder")
 
 
 def list_suffixes(others):
@@ -2889,14 +2793,15 @@ def read_metadata(path, metadata, prefix, files, label_column):
         tables.append(table)
 
     # A name that is not among the files may be of another split; one that is nowhere is an error.
-    place = {prefix + os.fsdecode(files.name(index)): index for index in range(len(files))}
-    rows = np.array([place.get(name, -1) for name in listed], dtype=np.int64)
-    for index in np.flatnonzero(rows < 0):
-        name = listed[index]
+    place = {prefix + os.fsdecode(name): index for index, name in enumerate(files.names)}
+    for name in listed:
+        if name in place:
+            continue
         if name.startswith("..") or not os.path.isfile(os.path.join(path, name)):
             raise InputError(f"{first} names {name}, which is no image in {printable(path)}")
-    kept = np.flatnonzero(rows >= 0)
-    if not len(kept):
+    kept = [row for row, name in enumerate(listed) if name in place]
+    rows = [place[listed[row]] for row in kept]
+    if not kept:
         raise InputError(f"{first} names no image in {printable(os.path.join(path, prefix))}")
 
     # Labels as in any other table.
@@ -2904,16 +2809,18 @@ def read_metadata(path, metadata, prefix, files, label_column):
         table = pyarrow.concat_tables(tables, promote_options="default").take(kept)
     except pyarrow.ArrowException as error:
         raise InputError(f"{first} and other metadata files differ in their columns") from error
-    columns = [name for name in table.column_names if name != "file_name"]
+    table = table.drop_columns("file_name")
+    columns = table.column_names
     column = choose_column(columns, label_column, LABEL_COLUMNS, [], path, "--label-column")
     labels = np.zeros(len(kept), dtype=np.int64)
     names = []
+    note = f"columns {', '.join(columns)}"
     if column:
         labels, names = class_labels(table[column], column)
-    note = f"labels by {column}" if column else f"columns {', '.join(columns)}"
-    if unnamed := len(files) - len(np.unique(rows[kept])):
+        note = f"labels by {column}"
+    if unnamed := len(files) - len(set(rows)):
         note += f"; left out: {unnamed} images that it does not name"
-    return files.take(rows[kept]), labels, names, f"{metadata[0]}: {note}"
+    return FileList(files.root, files.names[rows]), labels, names, f"{metadata[0]}: {note}"
 
 
 def read_list(file):
@@ -3001,26 +2908,22 @@ def open_table(path, folder, split):
 
     # `datasets` cuts a split by itself where a part of it is asked for.
     part = dict(split=split) if re.search(r"[\[+]", split or "") else {}  # "train[:10%]"
-    if not os.path.exists(path):
-        data = datasets.load_dataset(path, **part)
-    elif is_saved(path):
+    if os.path.exists(path) and is_saved(path):
         data = datasets.load_from_disk(plain_path(path))
-    elif folder is None:  # one file
-        parent, name = os.path.split(os.path.abspath(path))
-        parent = plain_path(parent)
-        data = datasets.load_dataset(parent, data_files=glob.escape(f"{parent}/{name}"), **part)
-    elif has_configs(path):
-        data = datasets.load_dataset(plain_path(path), **part)
     else:
-        # The files of the one suffix, in splits that `datasets` sees in their names and folders.
-        root = plain_path(path)
-        suffixes = [folder.bundles()]
-        patterns = get_data_patterns(root)
-        files = DataFilesDict.from_patterns(
-            patterns, base_path=root, allowed_extensions=suffixes
-        )
-        names = {key: [glob.escape(file) for file in value] for key, value in files.items()}
-        data = datasets.load_dataset(root, data_files=names, **part)
+        source = path
+        files = None
+        if os.path.isfile(path):
+            source = plain_path(os.path.dirname(os.path.abspath(path)))
+            files = glob.escape(os.path.join(source, os.path.basename(path)))
+        elif folder:
+            source = plain_path(path)
+            # The files of one suffix, in splits that `datasets` sees in their names and folders.
+            if not has_configs(path):
+                found = DataFilesDict.from_patterns(
+                    get_data_patterns(source), source, allowed_extensions=[folder.bundles()])
+                files = {key: [glob.escape(file) for file in value] for key, value in found.items()}
+        data = datasets.load_dataset(source, data_files=files, **part)
     if isinstance(data, datasets.DatasetDict):
         return dict(data)
     return {split if part else str(data.split or "train"): data}
@@ -3028,11 +2931,8 @@ def open_table(path, folder, split):
 
 def has_configs(path):
     """Whether a folder's README.md says in its header which files are which split."""
-    try:
-        text = Path(path, "README.md").read_text(errors="replace")
-    except OSError:
-        return False
-    return re.match(r"---\n(.*\n)*?configs:", text) is not None
+    card = Path(path, "README.md")
+    return card.is_file() and re.match(r"---\n(.*\n)*?configs:", card.read_text(errors="replace"))
 
 
 def plain_path(path):
@@ -3073,18 +2973,20 @@ def class_labels(values, column, names=None):
     import pyarrow
 
     # What is neither a whole number nor a text is no label.
-    kind = values.type
     types = pyarrow.types
-    if types.is_dictionary(kind):
-        values = values.cast(kind.value_type)
-        kind = values.type
+    if types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    kind = values.type
     text = types.is_string(kind) or types.is_large_string(kind)
+    wrong = None
     if types.is_nested(kind):
-        raise InputError(f"column {column} holds lists, but a label is one whole number or text: "
-                         "of a one-hot vector, store the place of the 1")
-    if values.null_count or not (text or types.is_integer(kind)):
-        what = "no value in some rows" if values.null_count else f"values of type {kind}"
-        raise InputError(f"column {column} holds {what}, but a label is a whole number or text")
+        wrong = "lists (of a one-hot vector, store the place of the 1)"
+    elif values.null_count:
+        wrong = "no value in some rows"
+    elif not (text or types.is_integer(kind)):
+        wrong = f"values of type {kind}"
+    if wrong:
+        raise InputError(f"column {column} holds {wrong}, but a label is a whole number or text")
     if text:
         names, labels = np.unique(np.array(values.to_pylist(), object), return_inverse=True)
         return labels.astype(np.int64), list(names)
@@ -3166,13 +3068,13 @@ class WithTurns(torch.utils.data.Dataset):
 
 
 def image_batches(source, accelerator, batch_size=256, num_workers=0):
-    """This process's share, every world-th image, of ImageData or NpzImages: uint8 (n, 3, H, W).
+    """This process's share of a source, every world-th image: uint8 (n, 3, H, W).
 
     Where the sizes of a batch are mixed it is a list of (3, H, W). Afterwards source.turned says
     how many images of this share EXIF has turned.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    if isinstance(source, NpzImages):
+    if not isinstance(source, ImageData):
         yield from source.batches(rank, world, batch_size)
         return
     source.turned = 0

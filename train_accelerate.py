@@ -68,6 +68,7 @@ from dit import (
     read_json,
     save_checkpoint,
     write_json,
+    writing,
 )
 from evaluate import (
     BrokenImage,
@@ -942,7 +943,7 @@ def run_folder(args, data):
     named_after = f"{data.name}-{args.model}".replace("/", "-")
     folder = Path(args.results_dir) / (args.run_name or named_after)
     # A name too long for the file system, or a file where a folder should be.
-    with writing(folder), contextlib.suppress(FileNotFoundError):
+    with writing(folder, InputError), contextlib.suppress(FileNotFoundError):
         folder.stat()
     return folder
 
@@ -1550,15 +1551,6 @@ def remove_folder(folder):
         shutil.rmtree(hidden, ignore_errors=True)
         os.replace(folder, hidden)
         shutil.rmtree(hidden)
-
-
-@contextlib.contextmanager
-def writing(path):
-    """An InputError names the path when the system refuses to write it."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def differences(old, new):

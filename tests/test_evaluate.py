@@ -13,10 +13,10 @@ import urllib.error
 from pathlib import Path
 
 import datasets
-import diffusers
 import numpy as np
 import pytest
 import torch
+from helpers import Pixels, save_vae, small_dit
 from PIL import Image
 from torch import nn
 
@@ -40,12 +40,6 @@ from sample_grid import Autoencoder, make_accelerator
 FOLDER = Path(__file__).parent / "data" / "metrics"
 CASES = np.load(FOLDER / "cases.npz")
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """No test writes to the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 # ---------------------------------------------------------- features
@@ -259,9 +253,9 @@ def test_an_image_does_not_depend_on_the_count_or_the_batch(checkpoint):
     model = load_checkpoint(checkpoint)
 
     def make(n, batch):
-        return torch.cat(list(evaluate.generate(
-            model, create_diffusion("3"), Autoencoder(channels=1), sample_labels(10, n),
-            make_accelerator(), 4, batch)))
+        images = evaluate.GeneratedImages(
+            model, create_diffusion("3"), Autoencoder(channels=1), n, make_accelerator(), seed=4)
+        return torch.cat(list(images.batches(0, 1, batch)))
 
     assert torch.equal(make(11, 4)[:7], make(7, 3))
     nine = sample_labels(10, 9).tolist()
@@ -403,81 +397,16 @@ def test_several_checkpoints_are_compared(checkpoint, standin, forty, tmp_path, 
     assert capsys.readouterr().out.count("step 30") == 2
 
 
-def bad_npz(path, array, **others):
-    np.savez(path, arr_0=array, **others)
-    return path
-
-
-def bad_inputs(folder):
-    """Name -> (flags, words of the message)."""
-    gray = np.zeros((9, 8, 8, 1), np.uint8)
-    good = write_images(folder / "good", 9)
-    (folder / "empty").mkdir()
-    write_images(folder / "large", 9, size=16)
-    write_images(folder / "few", 3)
-    write_images(folder / "broken", 9)
-    whole = (folder / "broken" / "004.png").read_bytes()
-    (folder / "broken" / "004.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.npz").write_text("no archive")
-    np.savez(folder / "whole.npz", good)
-    cut = folder / "cut.npz"
-    cut.write_bytes((folder / "whole.npz").read_bytes()[:900])
-    samples = lambda path, *more: ["--samples", path, "--ref", folder / "good", *more]
-    integers, objects = good.astype(np.int32) * 2, np.array([{}, 1], dtype=object)
-    return dict(
-        gray=(samples(bad_npz(folder / "gray.npz", gray)), ["gray.npz", "(9, 8, 8, 1)"]),
-        float=(samples(bad_npz(folder / "float.npz", good / 255.0)), ["float.npz", "float64"]),
-        range=(samples(bad_npz(folder / "range.npz", integers)), ["range.npz", "int32"]),
-        pickle=(samples(bad_npz(folder / "pickle.npz", objects)), ["pickle.npz", "object"]),
-        unnamed=(samples(folder / "text.npz"), ["text.npz"]),
-        cut=(samples(cut), ["cut.npz"]),
-        empty=(samples(folder / "empty"), ["empty"]),
-        broken=(samples(folder / "broken"), ["004.png"]),
-        sizes=(samples(folder / "large"), ["16 x 16", "8 x 8"]),
-        few=(samples(folder / "few", "--metrics", "pr"), ["3 images"]),
-        width=(["--samples", folder / "good", "--metrics", "fid", "--ref",
-                bad_npz(folder / "width.npz", good, mu=np.zeros(5), sigma=np.eye(5))], ["5", "24"]),
-        metric=(samples(folder / "good", "--metrics", "fid,fad"), ["fad"]),
-        nowhere=(samples(folder / "nowhere"), ["nowhere"]),
-        useless=(samples(folder / "good", "--save-npz", folder / "new.npz"), ["--save-npz"]),
-        output=(samples(folder / "good", "--json", folder / "no" / "where.json"), ["--json"]),
-        network=(samples(folder / "good", "--features", folder / "text.npz"),
-                 ["text.npz", "TorchScript"]),
-    )
-
-
-@pytest.fixture(scope="module")
-def bad(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad")
-    return folder, bad_inputs(folder)
-
-
-@pytest.mark.parametrize("name", [
-    "gray", "float", "range", "pickle", "unnamed", "cut", "empty", "broken", "sizes", "few",
-    "width", "metric", "nowhere", "useless", "output", "network"])
-def test_bad_input_is_one_line_and_status_2(name, bad, standin, capsys):
-    folder, cases = bad
-    flags, words = cases[name]
-    before = sorted(folder.rglob("*"))
-    with pytest.raises(SystemExit) as stopped:
-        flags = [str(flag) for flag in ["--features", standin, *flags]]
-        evaluate.run_command(main, parse_args(flags))
-    lines = capsys.readouterr().err.strip().splitlines()
-    error = [line for line in lines if not line.startswith("data ")]  # what a folder was taken for
-    assert stopped.value.code == 2 and len(error) == 1, error
-    assert all(word in error[0] for word in words), error
-    assert sorted(folder.rglob("*")) == before
-
-
-def test_checkpoint_and_flags_must_agree(checkpoint, standin, forty):
-    args = ("--ckpt", checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", 4)
-    for flags, word in ((("--image-size", 16), "8 px"), (("--num-classes", 3), "num_classes 10"),
-                        (("--num-fid-samples", 3, "--metrics", "fid,pr"), "3 images"),
-                        (("--plot", "a.png"), "several")):
-        with pytest.raises(InputError, match=word):
-            cli(*args, *flags)
-    with pytest.raises(InputError, match="efficientnet"):
-        cli("--ckpt", checkpoint, "--resize", "clean")
+def test_flags_and_files_that_cannot_be_used(checkpoint, standin, forty, tmp_path):
+    """What only a stand-in of Inception shows; tests/test_bad_input.py has the others."""
+    (tmp_path / "text.npz").write_text("no archive")
+    for flags, words in (
+            (("--samples", forty, "--ref", forty, "--features", tmp_path / "text.npz"),
+             "text.npz is no TorchScript"),
+            (("--ckpt", checkpoint, "--resize", "clean"), "efficientnet")):
+        with pytest.raises(InputError, match=words) as raised:
+            cli(*flags)
+        assert "\n" not in str(raised.value)
 
 
 # ---------------------------------------------------------- what people bring
@@ -570,35 +499,12 @@ def test_a_reference_of_several_sizes_is_refused_before_it_is_read(tmp_path, siz
     assert np.load(tmp_path / "ref.npz")["arr_0"].shape == (10, 8, 8, 3)
 
 
-@pytest.mark.parametrize(("flags", "word"), [
-    ("--samples FOLDER --ref FOLDER --num-fid-samples 9", "--num-fid-samples"),
-    ("--samples FOLDER --ref FOLDER --label-mode balanced", "--label-mode"),
-    ("--samples FOLDER --ref FOLDER --seed 1", "--seed"),
-    ("--samples FOLDER --ref FOLDER --cfg-scale 2", "--cfg-scale"),
-    ("--samples FOLDER --ref FOLDER --no-tf32", "--tf32"),
-    ("--samples NPZ --ref NPZ --num-workers 2", "--num-workers"),
-    ("--samples NPZ --ref NPZ --image-size 8", "--image-size"),
-    ("--ckpt CKPT --ref NPZ --label-column label", "--label-column"),
-    ("--ckpt CKPT CKPT --ref NPZ --save-images new", "--save-images"),
-    ("--ref FOLDER --save-ref new.npz --json new.json", "--json"),
-    ("--ref FOLDER --save-ref new.npz --num-sampling-steps 3", "--num-sampling-steps"),
-    ("--ckpt CKPT --ref FOLDER --features efficientnet-lite0 --resize adm", "--resize"),
-])
-def test_flags_that_would_do_nothing_are_refused(flags, word, checkpoint, forty, tmp_path):
-    np.savez(tmp_path / "a.npz", np.zeros((9, 8, 8, 3), np.uint8))
-    names = dict(FOLDER=forty, NPZ=tmp_path / "a.npz", CKPT=checkpoint)
-    with pytest.raises(InputError, match=f"^{word} "):
-        cli(*(names.get(flag, flag) for flag in flags.split()))
+def test_features_that_are_not_finite_name_their_image(forty, tmp_path):
+    calls = []
 
-
-def test_features_that_are_not_finite_name_their_image(standin, forty, tmp_path):
-    network, calls = load_features(standin, "cpu"), []
-
-    class Broken:
-        name, distance, spatial, width, any_size = "broken", "FD", False, 24, True
-
+    class Broken(Pixels):
         def __call__(self, images):
-            features, probs, _ = network(images)
+            features, probs, _ = super().__call__(images)
             calls.append(images)
             if len(calls) == 2:
                 features[3, 5] = torch.nan
@@ -707,22 +613,23 @@ def test_real_against_real_has_a_ratio_of_one(digits):
     rows, _ = digits
     train, fresh, held = rows.double().split([997, 400, 400])
     pool = evaluate.sum_rows(train).result()
-    spread = math.exp(1.96 * evaluate.frechet_ratio_error(*pool, fresh, held))
-    assert 1 / spread < frechet_ratio(*pool, fresh, held) < spread < 1.5
-    assert frechet_ratio(*pool, fresh + 30, held) > spread
+    ratio, error = frechet_ratio(*pool, fresh, held)
+    spread = math.exp(1.96 * error)
+    assert 1 / spread < ratio < spread < 1.5
+    assert frechet_ratio(*pool, fresh + 30, held)[0] > spread
     # Equal counts: fewer rows are farther by their number alone.
-    assert 1 / spread < frechet_ratio(*pool, torch.cat([fresh, held]), held[:200]) < spread * 1.2
+    ratio, _ = frechet_ratio(*pool, torch.cat([fresh, held]), held[:200])
+    assert 1 / spread < ratio < spread * 1.2
 
 
 def test_the_error_of_the_ratio_equals_its_spread():
-    rng, logs, errors = np.random.default_rng(3), [], []
+    rng, found = np.random.default_rng(3), []
     pool = torch.zeros(3).double(), torch.eye(3).double()
     draw = lambda shift: torch.from_numpy(rng.normal(size=(300, 3)) + shift)
     for _ in range(150):
-        fake, held = draw(0.5), draw(0.3)
-        logs.append(math.log(frechet_ratio(*pool, fake, held)))
-        errors.append(evaluate.frechet_ratio_error(*pool, fake, held))
-    assert np.mean(errors) == pytest.approx(np.std(logs), rel=0.2)
+        found.append(frechet_ratio(*pool, draw(0.5), draw(0.3)))
+    ratios, errors = np.array(found).T
+    assert np.mean(errors) == pytest.approx(np.std(np.log(ratios)), rel=0.2)
 
 
 def class_folders(folder, seed=0, each=20):
@@ -772,6 +679,26 @@ def test_held_out_images_are_the_yardstick(standin, tmp_path, capsys):
         cli(*args, "--metrics", "fdr")
     with pytest.raises(InputError, match="mem"):
         cli(*args, "--metrics", "fid", "--neighbours", tmp_path / "near.png")
+
+
+def test_a_training_run_scores_digits_by_all_that_its_end_table_shows(capsys):
+    """The calls that the trainer makes, of its data without the share that it holds out."""
+    model, network, one = small_dit(num_classes=10), Pixels(), make_accelerator()
+    model.metadata = dict(class_names=[str(digit) for digit in range(10)])
+    data, held = load_data("digits").hold_out(0.1)
+    metrics = evaluate.choose_metrics(
+        None, network, data, 20, evaluate.model_classes(model), held)
+    real = reference_features(data, network, one, metrics)
+    yardstick = reference_features(held, network, one, ("mem",))
+    result = evaluate.evaluate_model(model, create_diffusion("2"), Autoencoder(channels=1), real,
+                                     network, 20, one, metrics=metrics, held=yardstick)
+    assert result["num_held_out"] == len(held) and result["num_reference"] == len(data)
+    capsys.readouterr()
+    evaluate.print_metrics(result)
+    first_column = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines()
+                    if line.startswith("│")]
+    assert [name for name in first_column if name != "memorisation, real"][:7] == [
+        "FD", "fdr", "class agreement", "memorisation", "precision", "recall", "coverage"]
 
 
 def held_in(folder, share):
@@ -899,12 +826,6 @@ def test_psnr_and_ssim_are_scikit_images():
     assert evaluate.peak_signal_to_noise(pair[0], pair[0]).tolist() == [math.inf] * 2
 
 
-def small_vae():
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, sample_size=16)
-
-
 def test_an_autoencoder_is_scored(standin, tmp_path, capsys):
     class_folders(tmp_path / "data", each=5)
     args = ("--reconstruct", tmp_path / "data", "--features", standin, "--image-size", 16,
@@ -912,8 +833,7 @@ def test_an_autoencoder_is_scored(standin, tmp_path, capsys):
     same = cli(*args, "--vae", "none", out=tmp_path / "a.json")
     assert same["psnr"] == math.inf and same["ssim"] == pytest.approx(1, abs=1e-12)
     assert same["num_samples"] == 10
-    small_vae().save_pretrained(tmp_path / "vae")
-    result = cli(*args, "--vae", tmp_path / "vae", "--plot", tmp_path / "grid.png",
+    result = cli(*args, "--vae", save_vae(tmp_path / "vae"), "--plot", tmp_path / "grid.png",
                  out=tmp_path / "b.json")
     assert 0 <= same["rfid"] < 1e-4 * result["rfid"]  # this network's features are tiny numbers
     assert result["psnr"] < 30 and result["ssim"] < 0.9
@@ -935,15 +855,14 @@ def test_an_autoencoder_is_scored(standin, tmp_path, capsys):
 # ---------------------------------------------------------- references are read once
 
 
-class Counted:
+class Counted(Pixels):
     """A feature network that counts the images that it sees."""
 
-    name, distance, spatial, width, any_size, seen = "counted", "FD", False, 12, True, 0
+    seen = 0
 
     def __call__(self, images):
         self.seen += len(images)
-        rows = nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
-        return rows, rows.softmax(1), None
+        return super().__call__(images)
 
 
 def equal(a, b):
@@ -959,7 +878,7 @@ def test_a_reference_is_read_once(tmp_path, capsys):
         return reference_features(data, network, one, cache=True, **options)
 
     first = features()
-    file, = (tmp_path / "cache" / "dit" / "references").iterdir()
+    file, = (evaluate.cache_folder() / "references").iterdir()
     assert network.seen == 9 and equal(first, features()) and network.seen == 9
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reference")]
     assert "kept in" in said[0] and "read from" in said[1] and str(file) in said[1]
@@ -985,7 +904,7 @@ def test_a_damaged_file_is_made_anew(how, tmp_path, capsys):
     network, data = Counted(), load_data(str(tmp_path / "ref"))
     features = lambda: reference_features(data, network, make_accelerator(), cache=True)
     first = features()
-    file, = (tmp_path / "cache" / "dit" / "references").iterdir()
+    file, = (evaluate.cache_folder() / "references").iterdir()
     content = bytearray(file.read_bytes())
     content[-9] ^= 64
     cut = dict(cut=content[:-40], empty=b"", flipped=content)
@@ -996,7 +915,7 @@ def test_a_damaged_file_is_made_anew(how, tmp_path, capsys):
 
 
 def test_the_cache_is_bounded_and_can_be_done_without(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "cache" / "dit" / "references"
+    folder = evaluate.cache_folder() / "references"
     monkeypatch.setattr(evaluate, "CACHE_BYTES", 6000)
     network, one = Counted(), make_accelerator()
     data = [load_data(str(tmp_path / str(i)))
@@ -1018,7 +937,7 @@ def test_the_cache_is_bounded_and_can_be_done_without(tmp_path, monkeypatch, cap
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path, standin, forty, capsys):
-    (tmp_path / "cache").write_text("a file in its place")
+    evaluate.cache_folder().write_text("a file in its place")
     args = ("--samples", forty, "--ref", forty, "--features", standin, "--metrics", "fid")
     assert cli(*args, out=tmp_path / "a.json")["fid"] == pytest.approx(0, abs=1e-6)
     assert "are not kept" in capsys.readouterr().out
