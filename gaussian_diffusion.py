@@ -310,8 +310,8 @@ class FlowMatching:
         return torch.randn(n, generator=generator, device=generator.device).sigmoid()
 
     def times_at(self, noise_share):
-        """Times so far on the way from data to noise, in [0, 1), float (n,): float (n,)."""
-        return 1 - noise_share
+        """Times so far on the way from data to noise, in [0, 1), float (n,): float32 (n,)."""
+        return (1 - noise_share).float()
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """Losses of each sample, a dict of (N,) by loss_names; both are the velocity's mse."""

@@ -779,7 +779,7 @@ def validation_loss(args, held, ema, vae, diffusion, accelerator):
         x = vae.sample(moments, noise=on_device(vae_noise, torch.stack))
         x = x.repeat_interleave(BANDS, 0)  # (n BANDS, C, h, w)
         y = torch.tensor(y, device=x.device).repeat_interleave(BANDS)
-        t = diffusion.times_at(on_device(times, torch.cat))
+        t = diffusion.times_at(torch.cat(times)).to(accelerator.device)
         with accelerator.autocast():
             found = diffusion.training_losses(ema, x, t, dict(y=y), on_device(noise, torch.cat))
         return found["loss"].unflatten(0, (-1, BANDS))
