@@ -101,6 +101,10 @@ class GaussianDiffusion:
         return torch.randint(
             self.num_timesteps, (n,), generator=generator, device=generator.device)
 
+    def times_at(self, noise_share):
+        """Steps so far on the way from data to noise, in [0, 1), float (n,): int64 (n,)."""
+        return (noise_share * self.num_timesteps).long()
+
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """Losses of each sample, a dict of (N,) by loss_names: loss is the sum of the others.
 
@@ -304,6 +308,10 @@ class FlowMatching:
         if self.time_sampling == "uniform":
             return torch.rand(n, generator=generator, device=generator.device)
         return torch.randn(n, generator=generator, device=generator.device).sigmoid()
+
+    def times_at(self, noise_share):
+        """Times so far on the way from data to noise, in [0, 1), float (n,): float32 (n,)."""
+        return (1 - noise_share).float()
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """Losses of each sample, a dict of (N,) by loss_names; both are the velocity's mse."""

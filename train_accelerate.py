@@ -43,20 +43,19 @@ import time
 import urllib.request
 import zlib
 from collections import namedtuple
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import psutil
 import safetensors.torch
 import torch
-from accelerate import InitProcessGroupKwargs
+from accelerate import DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from filelock import FileLock, Timeout
 from PIL import Image
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.nn.utils import get_total_norm
 
 import dit
 from dit import (
@@ -76,11 +75,14 @@ from evaluate import (
     cache_folder,
     choose_metrics,
     evaluate_model,
+    gather_rows,
     load_data,
     load_features,
+    model_classes,
     print_metrics,
     read_batches,
     reference_features,
+    split_off,
 )
 from gaussian_diffusion import OBJECTIVES, create_process
 from sample_grid import (
@@ -92,6 +94,8 @@ from sample_grid import (
     add_sampling_args,
     class_grid,
     default_labels,
+    describe_device,
+    in_batches,
     make_accelerator,
     sampling_settings,
     save_grid,
@@ -108,10 +112,11 @@ def main(args):
     # All that the user gave is read and checked before anything is written: the images, and the
     # autoencoder whose latents the network learns (none: the pixels are the latents).
     columns = args.image_column, args.label_column
-    data = load_data(args.data_path, args.image_size, *columns, args.split, args.upright)
-    vae = Autoencoder.load(args.vae, device, pixel_channels(args, data, accelerator))
-    folder = run_folder(args, data)
-    fit_to_data(args, data, vae, folder, accelerator)
+    images = load_data(args.data_path, args.image_size, *columns, args.split, args.upright)
+    vae = Autoencoder.load(args.vae, device, pixel_channels(args, images, accelerator))
+    folder = run_folder(args, images)
+    data, held = hold_out(args, images)  # to learn from, and never to learn from
+    fit_to_data(args, data, held, vae, folder, accelerator)
 
     # The network, its moving average (EMA), which samples better, and the process that adds noise.
     network = build_network(args, vae, init=None if step_folders(folder) else args.init).to(device)
@@ -122,19 +127,21 @@ def main(args):
     adam = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0, fused=True)
 
     log = Log(folder, accelerator)
-    previews = Previews(args, ema, vae, data, log, accelerator)
+    previews = Previews(args, ema, vae, diffusion, data, held, log, accelerator)
     settings = identify(args, data, vae, accelerator)
     stop = StopSignals(folder, accelerator)
     with stop, open_run(folder, settings, accelerator):
         introduce(args, data, network, previews, accelerator)
         # With a cache the VAE encodes each image once, not once an epoch.
         if args.latent_cache:
-            data = latent_cache(args, data, vae, accelerator)
-            previews.leave_out(data.broken)
+            cache = latent_cache(args, images, vae, accelerator)
+            previews.leave_out(cache.broken)
+            data = cache.part(data)
         if args.compile:
+            torch._dynamo.config.optimize_ddp = False  # it cuts blocks where DDP's buckets end
             for block in network.blocks:  # all alike, so one compilation; in place: names stay
                 block.compile()
-        model, optimizer = accelerator.prepare(network.train(), adam)
+        model, optimizer = prepare(accelerator, network.train(), adam)
 
         # All that a run has to remember. Everything else is a function of the seed and the step.
         means = RunningMeans(diffusion.loss_names, accelerator)
@@ -169,8 +176,8 @@ def main(args):
                     means.add(losses, x)
 
                 # 3. Update the weights, unless a number is not finite, and then the EMA.
-                norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-                finite = means.end_step(step, full_tensor(norm))
+                norm = clip_gradients(accelerator, model, args.grad_clip)
+                finite = means.end_step(step, norm)
                 lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
                 update_weights(accelerator, optimizer, lr, finite)
                 update_ema(ema, network, args.ema_decay, step)
@@ -191,10 +198,7 @@ def main(args):
                         stop.saved = True
                     if stopping:
                         stop.exit()
-                    if "sample" in due:
-                        previews.draw(done)
-                    if "eval" in due:
-                        previews.evaluate(done)
+                    previews.make(done, due)
     print_end(args, log, accelerator)
 
 
@@ -263,6 +267,9 @@ SETTINGS = {
                 "digits, a folder, or a hub id, see evaluate.py"),
         Setting("--num-classes",                 None,        None,       FROM_1,  "fixed",
                 "number of classes", type=int, shown="the data's"),
+        Setting("--val-split",                   None,        None,       ANY,     "fixed",
+                "never train on these images, and log the loss on them: a share of the data, or "
+                "the name of another split", metavar="SHARE_OR_NAME"),
         Setting("--image-size",                  SIZE,        SIZE,       FROM_1,  "fixed",
                 "pixels"),
         Setting("--mirror",                      True,        False,      ANY,     "asked",
@@ -353,6 +360,8 @@ EVAL_SAMPLES = next(row for row in ROWS if row.name == "--eval-samples")
 
 # Previews and scores while training: good pictures for little time.
 PREVIEW_SCALE, QUICK_STEPS, QUICK_SAMPLERS = 1.5, 20, dict(ddpm="dpm++", flow="euler", sit="euler")
+# Validation: held-out images at most, and times of each, one in each fifth of the process.
+VALIDATED, BANDS = 200, 5
 
 
 def recipe(args):
@@ -411,12 +420,27 @@ def fill_preset(args):
 
 
 def start_accelerator(args):
-    return make_accelerator(
+    accelerator = make_accelerator(
         args.mixed_precision, args.tf32, project_dir=args.results_dir,
         gradient_accumulation_steps=max(1, args.gradient_accumulation_steps),
-        log_with=None if args.tracker == "none" else args.tracker,
-        # Hours, because one process may have more latents to cache than another.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))])
+        log_with=None if args.tracker == "none" else args.tracker)
+    # Gradients are summed over the processes where they lie: DDP's copies of XL/2's take 2.7 GB.
+    accelerator.ddp_handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return accelerator
+
+
+def hold_out(args, images):
+    """(images to train on, held-out images): ImageData; (all, None) without --val-split.
+
+    InputError when the held-out images have other classes.
+    """
+    if args.val_split is None:
+        return images, None
+    data, held = split_off(images, args.val_split, args.data_path, args)
+    if held.classes != data.classes:
+        raise InputError(f"--val-split {args.val_split} has other classes than the training images")
+    note(f"{len(held)} images are held out, {len(data)} are trained on")
+    return data, held
 
 
 def pixel_channels(args, data, accelerator):
@@ -427,7 +451,7 @@ def pixel_channels(args, data, accelerator):
     return 1
 
 
-def fit_to_data(args, data, vae, folder, accelerator):
+def fit_to_data(args, data, held, vae, folder, accelerator):
     """Check the settings against the data and the processes; take from them what is unset."""
     # What accelerate's configuration says counts where no flag does, and is on record then.
     args.mixed_precision = accelerator.mixed_precision
@@ -445,6 +469,9 @@ def fit_to_data(args, data, vae, folder, accelerator):
     if args.global_batch_size % parts:
         raise InputError(f"--global-batch-size {args.global_batch_size} must divide by processes x "
                          f"accumulation steps = {parts}")
+    if held and len(held) < accelerator.num_processes:
+        raise InputError(f"--val-split {args.val_split}: {len(held)} images are too few for "
+                         f"{accelerator.num_processes} processes")
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise InputError("--mixed-precision fp16 does nothing on this device: use bf16 or no")
     if args.image_size % vae.factor:
@@ -453,7 +480,7 @@ def fit_to_data(args, data, vae, folder, accelerator):
             "or train on pixels with --vae none")
 
     # More classes than the data have are allowed; one is no condition: nothing to hide or guide.
-    largest = max(data.labels)
+    largest = max(max(part.labels) for part in (data, held) if part)
     if args.num_classes is None:
         args.num_classes = data.num_classes
     if largest >= args.num_classes:
@@ -477,7 +504,7 @@ def identify(args, data, vae, accelerator):
     """
     weights = fingerprint(vae.vae.state_dict(), vae.scale, vae.shift) if vae.vae else None
     return vars(args) | dict(
-        data=data.identity(), images=len(data), vae_weights=weights,
+        data=data.identity(), images=len(data), channels=vae.channels, vae_weights=weights,
         num_processes=accelerator.num_processes)
 
 
@@ -490,10 +517,14 @@ def count_steps(args, size):
 
 
 def what_is_due(args, step, last):
-    """Which of log, ckpt, sample and eval are due after a step: every so many, and at the last."""
+    """Which of log, ckpt, sample, eval are due after a step: every so many, and at the last.
+
+    With any of the latter two also val, the validation loss.
+    """
     everys = {name: getattr(args, f"{name}_every") for name in ("log", "ckpt", "sample", "eval")}
-    return {name for name, every in everys.items()
-            if every > 0 and step > 0 and (step % every == 0 or step == last)}
+    due = {name for name, every in everys.items()
+           if every > 0 and step > 0 and (step % every == 0 or step == last)}
+    return due | {"val"} if due & {"sample", "eval"} else due
 
 
 def describe(args, data, vae, diffusion):
@@ -520,12 +551,17 @@ def describe(args, data, vae, diffusion):
     given = lambda flags, *names: {
         name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     metadata["sampling"] = given(flags, "sampler", "num_sampling_steps", "cfg_scale")
-    return metadata | given(args, "image_column", "label_column", "split")
+    return metadata | given(args, "image_column", "label_column", "split", "val_split")
 
 
 def quick_sampling(args):
-    """The flags with the sampler of previews and scores, unless another is given."""
+    """The flags with the sampler of previews and scores, unless another is given.
+
+    In bfloat16 if training is: they take half the time.
+    """
     quick = copy.copy(args)
+    if args.mixed_precision == "bf16":
+        quick.dtype = "bf16"
     if quick.sampler is None:
         quick.sampler = QUICK_SAMPLERS[args.objective]
         if quick.num_sampling_steps is None:
@@ -540,28 +576,16 @@ def introduce(args, data, network, previews, accelerator):
     why = dict(paper="the paper's recipe", laptop="the recipe of small networks")[recipe(args)]
     total = count_steps(args, len(data))
     passes = total * args.global_batch_size / len(data)
-    precision = dict(no="float32").get(args.mixed_precision, args.mixed_precision)
+    precision = dict(no="fp32").get(args.mixed_precision, args.mixed_precision)
     every = lambda name: f"every {min(getattr(args, name), total)} steps"
     draws = f"draws {every('sample_every')}, " if args.sample_every else ""
     accelerator.print(
         f"network {args.model}: {parameters / 1e6:.1f} million parameters, {gflops:.2f} Gflops an "
         f"image, {why}, objective {args.objective}\n"
-        f"device {device_name(accelerator)}, {precision}\n"
+        f"{describe_device(accelerator, precision)}\n"
         f"{total} steps of {args.global_batch_size} images, {passes:.1f} passes over the data; "
         f"logs {every('log_every')}, {draws}saves {every('ckpt_every')}\n"
         f"{previews.plan}", flush=True)
-
-
-def device_name(accelerator):
-    """The device that a process trains on, in words."""
-    device = accelerator.device
-    name = device.type
-    if name == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif name == "cpu" and shutil.which("nvidia-smi"):
-        name += " (PyTorch finds no GPU that it can use: is it built for CUDA, and the driver new?)"
-    count = accelerator.num_processes
-    return name if count == 1 else f"{name}, {count} processes"
 
 
 # ----------------------------------------------------------------------------------- network, step
@@ -677,6 +701,30 @@ def trial_fits(size, diffusion, network, model, adam, accelerator):
     return fits
 
 
+def prepare(accelerator, network, adam):
+    """The network and its optimizer as the processes share them: accelerate's prepare."""
+    # Accelerate would have FSDP compute in bfloat16 throughout: the residual stream, positions and
+    # the sums of gradients lose digits there. Without a policy of its own and in autocast, it
+    # computes as DDP does.
+    sharded = accelerator.distributed_type == "FSDP"
+    if sharded:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    model, optimizer = accelerator.prepare(network, adam)
+    if sharded:
+        model.forward = accelerator.autocast()(model.forward)
+    return model, optimizer
+
+
+def clip_gradients(accelerator, model, most):
+    """The norm of all gradients together, which are scaled down to `most` unless that is 0."""
+    if most:
+        norm = accelerator.clip_grad_norm_(model.parameters(), most)
+    else:
+        accelerator.unscale_gradients()  # of float16
+        norm = get_total_norm([w.grad for w in model.parameters() if w.grad is not None])
+    return full_tensor(norm)
+
+
 def update_weights(accelerator, optimizer, lr, finite):
     """AdamW's step with this learning rate; none where the tensor `finite` is False."""
     for group in optimizer.param_groups:
@@ -689,16 +737,65 @@ def update_weights(accelerator, optimizer, lr, finite):
     optimizer.zero_grad()
 
 
+@torch.no_grad()
 def update_ema(ema, network, decay, step):
     """ema = d * ema + (1 - d) * weights, with d rising to decay as (1 + step) / (10 + step)."""
     d = min(decay, (1 + step) / (10 + step))
-    weights = [full_tensor(weight) for weight in network.parameters()]
-    get_ema_multi_avg_fn(d)(list(ema.parameters()), weights, None)
+    # One by one: with FSDP no process has to hold all weights once more.
+    for average, weight in zip(ema.parameters(), network.parameters(), strict=True):
+        average.lerp_(full_tensor(weight), 1 - d)
 
 
 def full_tensor(tensor):
     """The tensor itself, or all of what FSDP has spread over the processes."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def validation_loss(args, held, ema, vae, diffusion, accelerator):
+    """The loss of the EMA weights on held-out ImageData: val_loss, val_loss_bands of BANDS numbers.
+
+    Of at most VALIDATED images, each at one time in each of BANDS equal parts of the way from data
+    to noise. Times and noise are functions of (seed, image): only the weights move the loss, and
+    the processes share the images. Training's own loss has the same meaning where its times are
+    uniform, but labels are never hidden here.
+    """
+    images = spread(held, VALIDATED)
+    shape = BANDS, ema.in_channels, ema.input_size, ema.input_size
+
+    def losses(numbers):
+        # The randomness of each image; float64 never rounds up into the next band.
+        times, noise, vae_noise = [], [], []
+        for row in images.rows[numbers].tolist():
+            generator = seeded("cpu", args.global_seed, "validation", row)
+            within = torch.rand(BANDS, generator=generator, dtype=torch.float64)
+            times.append((torch.arange(BANDS) + within) / BANDS)
+            noise.append(torch.randn(shape, generator=generator))
+            vae_noise.append(torch.randn(shape[1:], generator=generator))
+
+        # Forward, each image once for each of its times.
+        on_device = lambda parts, join: join(parts).to(accelerator.device)
+        pixels, y = zip(*[images[number] for number in numbers], strict=True)
+        moments = vae.encode(on_device(pixels, torch.stack))
+        x = vae.sample(moments, noise=on_device(vae_noise, torch.stack))
+        x = x.repeat_interleave(BANDS, 0)  # (n BANDS, C, h, w)
+        y = torch.tensor(y, device=x.device).repeat_interleave(BANDS)
+        t = diffusion.times_at(torch.cat(times)).to(accelerator.device)
+        with accelerator.autocast():
+            found = diffusion.training_losses(ema, x, t, dict(y=y), on_device(noise, torch.cat))
+        return found["loss"].unflatten(0, (-1, BANDS))
+
+    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+    rows = torch.cat([part for _, part in in_batches(losses, mine, 32)])
+    bands = gather_rows(rows, len(images), accelerator).double().mean(0)
+    return dict(val_loss=float(bands.mean()), val_loss_bands=bands.tolist())
+
+
+def spread(images, most):
+    """At most so many of ImageData, evenly spread."""
+    if len(images) <= most:
+        return images
+    return images.select(np.linspace(0, len(images) - 1, most).astype(int))
 
 
 # -------------------------------------------------------------------------------------- randomness
@@ -777,7 +874,7 @@ class LatentCache(torch.utils.data.Dataset):
     Shards of SHARD images each, in the data set's order without its broken images, hold moments
     (n, 2, 2C, h, w) float16 of every image and its mirror image, labels (n,), and checksums (n, 2)
     of both, which each read verifies. Moments stay in the files: memory does not grow with data.
-    broken: which of the data set's images are left out.
+    broken: which of the data set's images are left out, ascending.
     """
 
     SHARD = 2048
@@ -786,14 +883,23 @@ class LatentCache(torch.utils.data.Dataset):
         self.shards = shards
         self.broken = broken
         self.starts = [0, *itertools.accumulate(counts)]
+        self.places = range(self.starts[-1])
+
+    def part(self, images):
+        """The same cache with those images alone that ImageData has, a part of the same data."""
+        part = copy.copy(self)
+        rows = images.without(self.broken).rows
+        part.places = rows - np.searchsorted(self.broken, rows)  # each broken one leaves a gap
+        return part
 
     def __len__(self):
-        return self.starts[-1]
+        return len(self.places)
 
     def __getitem__(self, key):
         index, mirror = key
-        shard = bisect.bisect_right(self.starts, index) - 1
-        row = index - self.starts[shard]
+        place = int(self.places[index])
+        shard = bisect.bisect_right(self.starts, place) - 1
+        row = place - self.starts[shard]
         moments, labels, checksums = open_shard(self.shards[shard], os.getpid())
         moments, label = moments[row, int(mirror)], int(labels[row])
         if zlib.crc32(moments.numpy(), label) != checksums[row, int(mirror)]:
@@ -1033,7 +1139,7 @@ class Checkpoints:
             moments = state["optimizer"]
             states.set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
             self.ema.load_state_dict(safetensors.torch.load_file(folder / "ema.safetensors"))
-            self.means.load(state["window"], state["skipped"], state.get("overflows", 0))
+            self.means.load(state["window"], state["skipped"], state["overflows"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         # What was logged after the checkpoint will be logged again.
@@ -1085,7 +1191,8 @@ def full_states():
 
 def in_words(line):
     """The numbers of a log line that a person watches."""
-    names = "loss", "grad_norm", "lr", "images_per_second", "fid", "fd", "inception_score"
+    names = ("loss", "grad_norm", "lr", "images_per_second", "val_loss", "fid", "fd",
+             "inception_score")
     return "  ".join(f"{name} {line[name]:.4g}" for name in names if line.get(name) is not None)
 
 
@@ -1110,6 +1217,8 @@ class Log:
         if not sys.stdout.isatty():
             self.accelerator.print(f"step {step}  {in_words(line)}", flush=True)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        for band, value in enumerate(metrics.get("val_loss_bands", ())):
+            numbers[f"val_loss_bands/{band}"] = value
         self.accelerator.log(numbers, step=step)
         return line
 
@@ -1233,7 +1342,7 @@ class RunningMeans:
         return dict(
             window=window, skipped=int(self.skipped), overflows=int(self.overflows))
 
-    def load(self, window, skipped, overflows=0):
+    def load(self, window, skipped, overflows):
         """Each process takes its own sums again; if their number has changed, the mean."""
         same = len(window) == self.accelerator.num_processes
         self.sums.copy_(window[self.accelerator.process_index] if same else window.mean(0))
@@ -1310,11 +1419,13 @@ class Previews:
     plan: what they do, in words.
     """
 
-    def __init__(self, args, ema, vae, data, log, accelerator):
+    def __init__(self, args, ema, vae, trained, data, held, log, accelerator):
         self.args = args
         self.ema = ema
         self.vae = vae
+        self.trained = trained  # the process that the network is trained for
         self.data = data
+        self.held = held
         self.log = log
         self.accelerator = accelerator
         # Pictures are guided, which shows the classes best; metrics only where weights suggest it.
@@ -1322,6 +1433,7 @@ class Previews:
         self.diffusion, self.sampling = sampling_settings(quick, ema, cfg_scale=PREVIEW_SCALE)
         _, self.scored = sampling_settings(quick, ema, cfg_scale=1.0)
         self.reference = None
+        self.held_out = None  # the Features of held
         self.features = None
         self.compared = data
         self.plan = "no scores"
@@ -1361,9 +1473,12 @@ class Previews:
         self.features = load_features(args.features, self.accelerator.device)
         self.choose_reference()
 
-        # Of large data sets FID and Inception score alone: the other metrics keep every feature.
-        asked = None if len(self.compared) <= 50_000 else ("fid", "is")
-        self.metrics = choose_metrics(asked, self.features, self.compared, count)
+        # Of large data sets those alone that do not keep every feature of the reference.
+        asked = None
+        if len(self.compared) > 50_000:
+            asked = ("fid", "fdr", "is") if self.held else ("fid", "is")
+        self.metrics = choose_metrics(
+            asked, self.features, self.compared, count, model_classes(self.ema), self.held)
         self.plan = (
             f"scores every {args.eval_every} steps: {count} samples, {self.diffusion.num_timesteps}"
             f" steps of {self.scored['sampler']} each, guidance {self.scored['cfg_scale']}, "
@@ -1371,18 +1486,19 @@ class Previews:
 
     def leave_out(self, broken):
         """Images that the latent cache could not read are left out here and, later, elsewhere."""
-        if broken:
-            self.data = self.data.without(broken)
-            self.ema.metadata["left_out"] = broken
-            self.choose_reference()
+        if not broken:
+            return
+        self.ema.metadata["left_out"] = broken
+        self.data = self.data.without(broken)
+        if self.held and self.held.split == self.data.split:  # a share of the same images
+            self.held = self.held.without(broken)
+        self.choose_reference()
 
     def choose_reference(self):
         """The images to compare with: all, but a laptop's so many as take it about a minute."""
         self.compared = self.data
-        most = 10 * (self.args.eval_samples or 0)
-        if recipe(self.args) == "laptop" and len(self.data) > most > 0:
-            rows = torch.linspace(0, len(self.data) - 1, most, dtype=torch.float64)
-            self.compared = self.data.select(rows.long().numpy())
+        if recipe(self.args) == "laptop" and self.args.eval_samples:
+            self.compared = spread(self.data, 10 * self.args.eval_samples)
 
     def picture(self, step):
         return self.log.folder / "samples" / f"{step:07d}.png"
@@ -1419,31 +1535,48 @@ class Previews:
 
     def score(self):
         # The data's own features are computed once, at the first evaluation.
+        reading = dict(num_workers=self.args.num_workers, progress=True, cache=True)
         if self.reference is None:
             self.reference = reference_features(
-                self.compared, self.features, self.accelerator, metrics=self.metrics,
-                num_workers=self.args.num_workers, progress=True, cache=True)
+                self.compared, self.features, self.accelerator, self.metrics, **reading)
+            if self.held:  # as many as the samples that they are compared with
+                held = spread(self.held, self.args.eval_samples)
+                self.held_out = reference_features(
+                    held, self.features, self.accelerator, ("kid",), **reading)
         return evaluate_model(
             self.ema, self.diffusion, self.vae, self.reference, self.features,
-            self.args.eval_samples, self.accelerator, metrics=self.metrics,
+            self.args.eval_samples, self.accelerator, metrics=self.metrics, held=self.held_out,
             seed=self.args.global_seed, progress=True, **self.scored)
+
+    def make(self, step, due):
+        """Do what is due of sample, val and eval: see what_is_due."""
+        if "sample" in due:
+            self.draw(step)
+        if "val" in due and self.held:
+            self.log.append(step, **validation_loss(
+                self.args, self.held, self.ema, self.vae, self.trained, self.accelerator))
+        if "eval" in due:
+            self.evaluate(step)
 
     def catch_up(self, step, last):
         """Do what was due at the step that a run resumes from, and that its end prevented."""
         due = what_is_due(self.args, step, last)
-        drawn = on_main(self.accelerator, self.picture(step).exists)
-        if "sample" in due and not drawn:
-            self.draw(step)
-        evaluated = [line for line in self.log.lines if line["step"] == step and "features" in line]
-        if "eval" in due and not evaluated:
-            self.evaluate(step)
+        if on_main(self.accelerator, self.picture(step).exists):
+            due -= {"sample"}
+        for name, key in dict(val="val_loss", eval="features").items():
+            if any(line["step"] == step and key in line for line in self.log.lines):
+                due -= {name}
+        self.make(step, due)
 
 
 def print_end(args, log, accelerator):
     """Where the run is, its metrics, and what to type next."""
-    evaluations = [line for line in log.lines if "features" in line]
-    if evaluations and accelerator.is_main_process:
-        print_metrics(evaluations[-1], log.folder.name)
+    table = {}
+    for key in ("val_loss", "features"):  # the last lines of a validation and of an evaluation
+        for line in [line for line in log.lines if key in line][-1:]:
+            table |= line
+    if table and accelerator.is_main_process:
+        print_metrics(table, log.folder.name)
         for name in ("fid", "fd"):
             if best := log.best(name):
                 where = log.folder / "best.safetensors"
@@ -1522,7 +1655,6 @@ class StopSignals:
 # The names of checkpoints, and of what a killed process leaves in the folders that it made: nothing
 # else there is ever removed. Folders end in a slash; `pid` is who wrote in a shared folder.
 STEP = r"\d{7,}"
-UNKNOWN_IF_NONE = {"mixed_precision", "time_sampling"}  # in the config.json of older versions
 PARTIAL = r"\.\d{1,9}\.tmp\.\w+"
 RUN_LEFTOVERS = rf"\.(config\.json|metrics\.jsonl|best\.safetensors){PARTIAL}|\.tmp[0-9A-Za-z]{{6}}"
 SAMPLE_LEFTOVERS = rf"\.{STEP}\.png{PARTIAL}"
@@ -1654,20 +1786,13 @@ def claim(lock, folder, settings):
 
 def check_settings(folder, new):
     """InputError unless a run that has begun can be resumed with these settings."""
-    # A run from before there was a flag had the flag's default.
-    defaults = {row.dest: row.recipes[recipe(argparse.Namespace(**new))] for row in ROWS}
-    old = defaults | read_json(folder / "config.json")
-    unknown = [name for name, value in old.items() if value is None and name in UNKNOWN_IF_NONE]
-    old = {name: value for name, value in old.items() if name not in unknown}
-    # TF32 and compilation are the two sampling flags that training feels, too.
+    old = read_json(folder / "config.json")
     rules = {flag.dest: "free" for flag in SAMPLING_FLAGS} | {row.dest: row.resume for row in ROWS}
-    # Data and VAE are known by what they hold, but in a run from before that was kept.
-    rules |= dict.fromkeys(("image_column", "label_column", "split"), "free")
-    rules |= dict(tf32="asked", compile="asked", num_processes="free", vae_weights="fixed")
-    if "vae_weights" not in old:
-        rules |= dict(vae="fixed", data_path="asked")
-    asked = {name: value for name, value in new.items()
-             if name in old and rules.get(name, "asked") != "free"}
+    # TF32 and compilation are the two sampling flags that training feels, too; data and VAE are
+    # known by what they hold.
+    rules |= dict.fromkeys(("image_column", "label_column", "split", "num_processes"), "free")
+    rules |= dict(tf32="asked", compile="asked", vae_weights="fixed", channels="fixed")
+    asked = {name: value for name, value in new.items() if rules.get(name, "asked") != "free"}
     fixed = {name: value for name, value in asked.items() if rules.get(name) == "fixed"}
     begun = f"{folder} was begun with other settings"
     if changed := differences(old, fixed):

@@ -88,6 +88,9 @@ BAD_INPUT = [  # the script, its flags, and words of the message
     (evaluate, "--samples text.npz --ref data", "text.npz"),
     (evaluate, "--samples data --ref narrow.npz --metrics fid", "5", "12"),
     (train_accelerate, "--num-classes 9", "--num-classes 9, but the data has a label 9"),
+    (train_accelerate, "--val-split 1.5", "--val-split 1.5: give a share between 0 and 1"),
+    (train_accelerate, "--val-split train", "--val-split train is the split itself"),
+    (train_accelerate, "--data-path data --vae none --image-size 8 --val-split test", "'test'"),
 
     # Classes.
     (sample_grid, "--ckpt small.safetensors --class-labels 'golden retreiver'",
@@ -126,6 +129,8 @@ BAD_INPUT = [  # the script, its flags, and words of the message
     (evaluate, "--ckpt nowhere --features nothing", "nothing", "efficientnet-lite0"),
     (evaluate, "--samples data --ref data --metrics fid,fad", "fad"),
     (sample_grid, "--ckpt run --sampler heun", "ddpm has no sampler 'heun': use one of ddpm"),
+    (train_accelerate, "--sampler heun", "ddpm has no sampler 'heun'"),
+    (train_accelerate, "--objective flow --sampler ddim", "flow has no sampler 'ddim'"),
     (sample_grid, "--ckpt run --guidance-interval 5", "two noise levels"),
     (sample_grid, "--ckpt run --guidance-interval 5,1", "not below"),
     (sample_grid, "--ckpt run --sweep depth=1,2", "cfg_scale"),
@@ -141,6 +146,8 @@ BAD_INPUT = [  # the script, its flags, and words of the message
     (sample_grid, "--ckpt unguided.safetensors --cfg-scale 2", "label dropout"),
 
     # Flags that would do nothing.
+    (train_accelerate, "--time-sampling uniform",
+     "--time-sampling uniform is for --objective flow and sit"),
     (sample_grid, "--ckpt run --eta 0.5", "ddim alone"),
     (sample_grid, "--ckpt run --cfg-channels 1 --cfg-scale 1", "does nothing at --cfg-scale 1"),
     (sample_grid, "--ckpt run --guidance-interval 0.3,5 --cfg-scale 1",

@@ -10,11 +10,9 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,26 +21,34 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, PartialState
+from helpers import (
+    ROOT,
+    TIMINGS,
+    Pixels,
+    damage,
+    fork,
+    fork_two,
+    pictures,
+    reset_accelerate,
+    same,
+    save_vae,
+    wait,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dit
 import train_accelerate
 from dit import InputError, build_dit, load_checkpoint, save_checkpoint
+from evaluate import load_data
+from gaussian_diffusion import OBJECTIVES, create_process
+from sample_grid import Autoencoder
 from train_accelerate import main, parse_args
 
-TIMING = {"images_per_second", "step_seconds", "data_seconds", "compute_seconds",
-          "flops_per_second", "memory_gb"}
-ROOT = Path(__file__).parent.parent
 FLAGS = ["--max-steps", 6, "--global-batch-size", 8, "--ckpt-every", 2, "--log-every", 3,
          "--sample-every", 0, "--eval-every", 0, "--num-sampling-steps", 2, "--warmup-steps", 2,
          "--lr", 0.002, "--run-name", "run"]
-
-
-def reset_accelerate():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
 
 
 def train(folder, *flags):
@@ -50,44 +56,6 @@ def train(folder, *flags):
     reset_accelerate()
     main(parse_args([str(flag) for flag in [*FLAGS, "--results-dir", folder, *flags]]))
     return Path(folder) / "run"
-
-
-def fork(work, environment=()):
-    """Start work() in a copy of this process; returns its id.
-
-    Its exit status is 0, 1 for an exception, 2 for an InputError, or that of a SystemExit.
-    """
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.environ.update(environment)
-            work()
-            status = 0
-        except SystemExit as error:
-            status = error.code
-        except InputError as error:
-            print(f"error: {error}", flush=True)
-            status = 2
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return pid
-
-
-def wait(*pids):
-    """The exit statuses of forks: negative signal numbers for killed ones."""
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-
-def fork_two(work):
-    """Start work() in two processes that accelerate takes for the ranks of one job: their ids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    job = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return [fork(work, job | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
 
 
 def checkpoints(run):
@@ -110,7 +78,7 @@ def result(run):
     tensors |= {f"model.{k}": v for k, v in load_file(last / "model.safetensors").items()}
     for name, values in state["optimizer"]["state"].items():
         tensors |= {f"optimizer.{name}.{k}": v for k, v in values.items()}
-    log = [{k: v for k, v in line.items() if k not in TIMING} for line in lines(run)]
+    log = [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines(run)]
     return last.name, tensors, log
 
 
@@ -127,17 +95,22 @@ def assert_same(run, other):
 @pytest.fixture
 def quick_evaluation(monkeypatch):
     """An evaluation that takes no time; its distance falls and rises: the best is at the middle."""
-    class Network:
-        name, distance, spatial = "none", "FD", False
-
-    def figures(ema, *args, seed, **sampling):
+    def metrics(ema, *args, seed, dtype, **sampling):
         assert not ema.training
         step = sum(p.double().sum() for p in ema.parameters()).item()
-        return dict(fd=abs(math.sin(1e3 * step)), features="none", num_samples=3)
+        return dict(fd=abs(math.sin(1e3 * step)), features="none", num_samples=3, dtype=dtype)
 
-    monkeypatch.setattr(train_accelerate, "load_features", lambda name, device: Network())
+    monkeypatch.setattr(train_accelerate, "load_features", lambda name, device: Pixels())
     monkeypatch.setattr(train_accelerate, "reference_features", lambda *args, **settings: None)
-    monkeypatch.setattr(train_accelerate, "evaluate_model", figures)
+    monkeypatch.setattr(train_accelerate, "evaluate_model", metrics)
+    monkeypatch.setattr(train_accelerate, "VALIDATED", 9)
+
+
+def slow_train(*flags):
+    """Train with a pause in every step."""
+    update_ema = train_accelerate.update_ema
+    train_accelerate.update_ema = lambda *args: (time.sleep(0.05), update_ema(*args))
+    train(*flags)
 
 
 PREVIEWS = ["--sample-every", 3, "--eval-every", 2, "--keep-checkpoints", 2]
@@ -166,11 +139,12 @@ def die_at(write):
 
 def test_kills_at_every_write_leave_no_trace(tmp_path, quick_evaluation):
     """SIGKILL before one rename after another, each time resumed, until a run ends by itself."""
-    whole = train(tmp_path / "whole", *PREVIEWS)
+    flags = [*PREVIEWS, "--val-split", 0.1]
+    whole = train(tmp_path / "whole", *flags)
 
     def killed(write):
         die_at(write)
-        train(tmp_path / "killed", *PREVIEWS)
+        train(tmp_path / "killed", *flags)
 
     moments = [3, 4, 6, 7, 1, 8, 9, 10, 5, 12, 2, 11, 100]
     statuses = [wait(fork(lambda n=n: killed(n)))[0] for n in moments]
@@ -198,23 +172,26 @@ def test_a_kill_between_writes_resumes_exactly(tmp_path, whole_run, monkeypatch)
 
 def test_more_steps_later_are_as_if_asked_for_at_once(tmp_path, whole_run):
     train(tmp_path, "--max-steps", 3)
-    tensors, whole = result(train(tmp_path))[1], result(whole_run)[1]
-    assert tensors.keys() == whole.keys()
-    assert all(torch.equal(tensors[name], whole[name]) for name in whole)
+    assert same(result(train(tmp_path))[1], result(whole_run)[1])
 
 
 LOSSES = dict(ddpm={"loss", "mse", "vb"}, flow={"loss", "mse"}, sit={"loss", "mse"})
 
 
 @pytest.mark.parametrize("objective", ["ddpm", "flow"])
-def test_two_processes_are_one_with_two_accumulation_steps(tmp_path, objective):
-    flags = ["--objective", objective, "--log-every", 1]
+def test_two_processes_are_one_with_two_accumulation_steps(tmp_path, objective, quick_evaluation):
+    flags = ["--objective", objective, "--log-every", 1, "--val-split", 0.1, "--eval-every", 3]
     one = train(tmp_path / "one", "--gradient-accumulation-steps", 2, *flags)
     assert wait(*fork_two(lambda: train(tmp_path / "two", *flags))) == [0, 0]
+    training = {*LOSSES[objective], "grad_norm", "latent_std"}
+    validated = 0
     for a, b in zip(lines(one), lines(tmp_path / "two" / "run"), strict=True):
-        assert a.keys() & LOSSES["ddpm"] == LOSSES[objective]
-        for name in (*LOSSES[objective], "grad_norm", "latent_std"):
+        if "loss" in a:
+            assert a.keys() & {*LOSSES["ddpm"], *training} == training
+        for name in a.keys() & {*training, "val_loss", "val_loss_bands"}:
             assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
+        validated += "val_loss" in a
+    assert validated == 2
 
 
 def test_flow_resumes_exactly_and_its_weights_say_so(tmp_path):
@@ -253,7 +230,8 @@ def test_two_processes_resume_exactly(tmp_path):
     assert_same(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
 
 
-def test_ranks_of_fsdp_train_save_and_resume_as_those_of_ddp(tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_ranks_of_fsdp_train_save_and_resume_as_those_of_ddp(tmp_path, monkeypatch, precision):
     """FSDP2 on two CPU processes: the same losses, and a resumed run equals a whole one."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -267,11 +245,14 @@ def test_ranks_of_fsdp_train_save_and_resume_as_those_of_ddp(tmp_path, monkeypat
             transformer_cls_names_to_wrap=["DiTBlock"],
             cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT",
         )
+        if precision == "bf16":
+            plugin.set_mixed_precision(precision)  # as accelerate does then
         for state in (AcceleratorState._shared_state, PartialState._shared_state):
             state |= dict(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
         return accelerator
 
-    flags = ["--log-every", 1, "--ckpt-every", 3]
+    flags = ["--log-every", 1, "--ckpt-every", 3, "--mixed-precision", precision]
+    flags += ["--grad-clip", 0] if precision == "bf16" else []
     assert wait(*fork_two(lambda: train(tmp_path / "ddp", *flags))) == [0, 0]
     monkeypatch.setattr(train_accelerate, "make_accelerator", sharded)
     assert wait(*fork_two(lambda: train(tmp_path / "fsdp", *flags))) == [0, 0]
@@ -323,7 +304,90 @@ def test_each_epoch_takes_every_image_once_in_an_order_of_its_own():
     assert later == batches[30:]
 
 
-def test_learning_rate_warms_up_by_the_step(tmp_path, whole_run):
+def test_held_out_images_are_never_trained_on(tmp_path, monkeypatch, quick_evaluation):
+    read_batches, seen = train_accelerate.read_batches, set()
+
+    def watched(data, batches, *args, **settings):
+        batches = list(batches)
+        seen.update(int(data.rows[index]) for batch in batches for index, _ in batch)
+        return read_batches(data, batches, *args, **settings)
+
+    monkeypatch.setattr(train_accelerate, "read_batches", watched)
+    flags = ["--val-split", 0.5, "--max-steps", 9, "--global-batch-size", 128, "--eval-every", 9]
+    run = train(tmp_path, *flags)
+    data, held = load_data("digits").hold_out(0.5)
+    assert seen == set(data.rows) and not seen & set(held.rows) and len(held) > 800
+    line = lines(run)[-2]
+    assert line["val_loss"] == pytest.approx(np.mean(line["val_loss_bands"]))
+    assert load_checkpoint(run).metadata["val_split"] == "0.5"
+    with pytest.raises(InputError, match="val_split was '0.5', now None.*--run-name"):
+        train(tmp_path, "--allow-changes")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_validation_sees_all_noise_levels_and_the_same_each_time(objective):
+    """Five bands of times, from little noise to much, and images and noise of each image's own."""
+    reset_accelerate()
+    args = filled("--objective", objective, "--num-classes", 10)
+    accelerator = train_accelerate.start_accelerator(args)
+    vae, process = Autoencoder.load("none", channels=1), create_process(objective)
+    ema = train_accelerate.build_network(args, vae, None)
+    seen = []
+
+    def losses(model, x, t, labels, noise):
+        assert model is ema and labels.keys() == {"y"}
+        seen.append((x, t, labels["y"], noise))
+        return dict(loss=t / 1000 if objective == "ddpm" else 1 - t)
+
+    process.training_losses = losses
+    held = load_data("digits").select(range(70))
+    measure = lambda part: train_accelerate.validation_loss(
+        args, part, ema, vae, process, accelerator)
+    bands = measure(held)["val_loss_bands"]
+    assert [int(5 * band) for band in bands] == [0, 1, 2, 3, 4]
+    x, _, y, noise = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert torch.equal(x[::5], vae.encode(torch.stack([image for image, _ in held])))
+    assert y[::5].tolist() == held.labels.tolist()
+    assert len(noise.flatten(1).unique(dim=0)) == 350 and abs(float(noise.std()) - 1) < 0.02
+    # An image's times and noise hang neither on the others nor on the batch.
+    assert measure(held) == measure(held)
+    seen.clear()
+    measure(held.select([40]))
+    assert torch.equal(seen[0][3], noise[200:205])
+
+
+@pytest.mark.slow
+def test_the_validation_loss_rises_where_a_network_learns_images_by_heart(tmp_path, monkeypatch):
+    """On 100 digits, not on 1,500."""
+    found = {}
+    for count in (100, 1500):
+        def part(*args, count=count):
+            data, held = load_data("digits").hold_out(0.1)
+            return data.select(range(count)), held
+
+        monkeypatch.setattr(train_accelerate, "split_off", part)
+        run = train(tmp_path / str(count), "--val-split", 0.1, "--max-steps", 1500, "--log-every",
+                    150, "--global-batch-size", 32, "--sample-every", 150)
+        found[count] = [line["val_loss"] for line in lines(run) if "val_loss" in line]
+    assert found[100][-1] > 1.2 * min(found[100]) > 1.2 * min(found[1500]), found
+    assert found[1500][-1] < 1.02 * min(found[1500]), found
+
+
+def test_without_a_limit_gradients_are_measured_and_left_as_they_are(tmp_path, monkeypatch):
+    limited = lines(train(tmp_path / "limited", "--grad-clip", 1e9, "--log-every", 1))
+    monkeypatch.delattr("accelerate.Accelerator.clip_grad_norm_")
+    free = lines(train(tmp_path / "free", "--grad-clip", 0, "--log-every", 1))
+    for a, b in zip(limited, free, strict=True):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+
+
+def test_gradients_lie_in_the_memory_that_processes_sum(monkeypatch):
+    reset_accelerate()
+    accelerator = train_accelerate.start_accelerator(filled())
+    assert accelerator.ddp_handler.to_kwargs()["gradient_as_bucket_view"]
+
+
+def test_learning_rate_warms_up_by_the_step(tmp_path):
     run = train(tmp_path, "--log-every", 1, "--warmup-steps", 4, "--lr", 0.004)
     rates = [line["lr"] for line in lines(run)]
     assert rates == pytest.approx([0.001, 0.002, 0.003, 0.004, 0.004, 0.004])
@@ -351,12 +415,13 @@ def test_two_processes_draw_the_grid_of_one(tmp_path):
     assert one.shape == two.shape and np.abs(one - two).max() <= 2 and one.std() > 20
 
 
-def test_bfloat16_keeps_weights_in_float32_and_losses_near(tmp_path, whole_run):
-    run = train(tmp_path, "--mixed-precision", "bf16", "--gradient-checkpointing")
+def test_bfloat16_keeps_weights_in_float32_and_losses_near(tmp_path, whole_run, quick_evaluation):
+    run = train(tmp_path, "--mixed-precision", "bf16", "--gradient-checkpointing", *PREVIEWS)
     reset_accelerate()
     assert {tensor.dtype for tensor in weights(run, "ema").values()} == {torch.float32}
-    a, b = lines(run)[-1]["loss"], lines(whole_run)[-1]["loss"]
-    assert a != b and a == pytest.approx(b, rel=0.02)
+    *_, last, scores = lines(run)
+    a, b = last["loss"], lines(whole_run)[-1]["loss"]
+    assert a != b and a == pytest.approx(b, rel=0.02) and scores["dtype"] == "bf16"
 
 
 def test_the_tracker_gets_what_the_log_gets_once(tmp_path, monkeypatch):
@@ -387,6 +452,7 @@ def test_the_tracker_gets_what_the_log_gets_once(tmp_path, monkeypatch):
 def test_a_compiled_network_saves_the_same_names_and_resumes(tmp_path, whole_run):
     train(tmp_path, "--compile", "--max-steps", 3)
     run = train(tmp_path, "--compile")
+    assert not torch._dynamo.config.optimize_ddp
     assert result(run)[1].keys() == result(whole_run)[1].keys()
     assert lines(run)[-1]["loss"] == pytest.approx(lines(whole_run)[-1]["loss"], rel=1e-4)
 
@@ -418,12 +484,7 @@ def test_a_signal_saves_the_state_and_exits_with_its_number(
 
 
 def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
-    def slow():
-        original = train_accelerate.update_ema
-        train_accelerate.update_ema = lambda *args: (time.sleep(0.05), original(*args))
-        train(tmp_path, "--max-steps", 1000)
-
-    pids = fork_two(slow)
+    pids = fork_two(lambda: slow_train(tmp_path, "--max-steps", 1000))
     wait_for(tmp_path / "run" / "checkpoints" / "0000004")
     os.kill(pids[1], signal.SIGTERM)
     assert wait(*pids) == [143, 143]
@@ -446,12 +507,7 @@ def test_killing_one_of_two_processes_ends_the_other(tmp_path):
 
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
-    def slow():
-        original = train_accelerate.update_ema
-        train_accelerate.update_ema = lambda *args: (time.sleep(0.05), original(*args))
-        train(tmp_path, "--max-steps", 1000, "--num-workers", 1)
-
-    first = fork(slow)
+    first = fork(lambda: slow_train(tmp_path, "--max-steps", 1000, "--num-workers", 1))
     wait_for(tmp_path / "run" / "checkpoints" / "0000002")
     with pytest.raises(InputError, match="another process trains in"):
         train(tmp_path)
@@ -562,17 +618,13 @@ def test_a_loss_that_is_not_finite_stops_or_is_left_out(tmp_path, skip, monkeypa
 
 @pytest.mark.parametrize(
     "name", ["ema.safetensors", "model.safetensors", "optimizer.pt", "state.json"])
-@pytest.mark.parametrize("harm", ["flipped", "cut", "empty", "gone"])
+@pytest.mark.parametrize("harm", ["middle", "cut", "empty", "gone"])
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(
     tmp_path, whole_run, name, harm, capfd,
 ):
     shutil.copytree(whole_run, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "0000006" / name
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.unlink()
-    if harm != "gone":
-        path.write_bytes({"flipped": data, "cut": data[: len(data) // 2], "empty": b""}[harm])
+    path.unlink() if harm == "gone" else damage(path, harm)
     run = train(tmp_path)
     assert "0000006 is damaged" in capfd.readouterr().err
     shutil.rmtree(run / "checkpoints" / "damaged-0000006")
@@ -604,30 +656,6 @@ def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path, mon
     assert checkpoints(tmp_path / "run") == ["0000002"]
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--num-classes", 9], "--num-classes 9, but the data has a label 9"),
-    (["--global-batch-size", 9, "--gradient-accumulation-steps", 2],
-     "divide by processes x accumulation steps = 2"),
-    (["--latent-cache", "cache"], "--latent-cache does nothing with --vae none"),
-    (["--log-every", 0], "--log-every 0 must be 1 or more"),
-    (["--ema-decay", 2], "--ema-decay 2.0 must be 1 or less"),
-    (["--model", "DiT-Q/2"], "DiT-Q/2"),
-    (["--init", "nowhere"], "nowhere"),
-    (["--tracker", "wandb"], "pip install wandb"),
-    (["--time-sampling", "uniform"], "--time-sampling uniform is for --objective flow and sit"),
-    (["--objective", "flow", "--sampler", "ddim"], "flow has no sampler 'ddim'"),
-    (["--sampler", "heun"], "ddpm has no sampler 'heun'"),
-    (["--mixed-precision", "fp16"], "fp16"),
-    (["--features", "nothing", "--eval-every", 1], "nothing"),
-    (["--data-path", "nowhere"], "nowhere"),
-])
-def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, flags, words):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=words):
-        train(tmp_path, *flags)
-    assert list(tmp_path.iterdir()) == []
-
-
 def filled(*flags):
     """The settings of these flags, before the data are known."""
     args = parse_args([str(flag) for flag in flags])
@@ -643,6 +671,8 @@ def filled(*flags):
     (["--model", "DiT-S/8"], dict(image_size=8, vae="none", lr=1e-4, global_batch_size=256)),
     (["--objective", "flow"], dict(time_sampling="logit-normal")),
     (["--max-steps", 5, "--model", "DiT-B/2"], dict(epochs=None, max_steps=5)),
+    (["--epochs", 2], dict(model="DiT-Ti/2", epochs=2, max_steps=None)),
+    (["--data-path", "x", "--lr", 0.5], dict(lr=0.5, global_batch_size=256, ema_decay=0.9999)),
 ])
 def test_the_recipe_follows_the_network_and_sizes_the_data(flags, expected):
     args = vars(filled(*flags))
@@ -662,19 +692,16 @@ def test_the_recipe_follows_the_network_and_sizes_the_data(flags, expected):
 def test_intervals_and_scores_follow_the_length_of_the_run(
     flags, logs, saves, scores, samples, reference, quick_evaluation,
 ):
-    from sample_grid import Autoencoder
-
     reset_accelerate()
     args = filled("--results-dir", "nowhere", *flags)
     accelerator = train_accelerate.start_accelerator(args)
-    data = train_accelerate.load_data("digits")
-    vae = Autoencoder.load("none", channels=1)
-    train_accelerate.fit_to_data(args, data, vae, Path("nowhere"), accelerator)
+    data, vae = load_data("digits"), Autoencoder.load("none", channels=1)
+    train_accelerate.fit_to_data(args, data, None, vae, Path("nowhere"), accelerator)
     ema = train_accelerate.build_network(args, vae, None)
-    ema.metadata = train_accelerate.describe(
-        args, data, vae, train_accelerate.create_process(args.objective))
+    process = create_process(args.objective)
+    ema.metadata = train_accelerate.describe(args, data, vae, process)
     log = train_accelerate.Log(Path("nowhere"), accelerator)
-    previews = train_accelerate.Previews(args, ema, vae, data, log, accelerator)
+    previews = train_accelerate.Previews(args, ema, vae, process, data, None, log, accelerator)
     assert (args.log_every, args.ckpt_every) == (logs, saves)
     assert args.sample_every == max(10, saves)
     assert (args.eval_every, args.eval_samples) == (scores, samples)
@@ -689,17 +716,7 @@ def test_the_paper_keeps_its_intervals():
         if isinstance(value, train_accelerate.PerRun):
             assert value.most == {"log_every": 100}.get(row.dest, 50_000)
             assert 7_006_383 / value.times > value.most
-
-
-def test_settings_are_parsed_from_presets_and_flags():
-    args = parse_args(["--epochs", "2"])
-    train_accelerate.fill_preset(args)
-    assert args.model == "DiT-Ti/2" and args.max_steps is None
-    assert train_accelerate.count_steps(args, 1797) == math.ceil(2 * 1797 / args.global_batch_size)
-    args = parse_args(["--data-path", "anything", "--lr", "0.5"])
-    train_accelerate.fill_preset(args)
-    assert (args.model, args.global_batch_size, args.ema_decay) == ("DiT-XL/2", 256, 0.9999)
-    assert args.lr == 0.5
+    assert train_accelerate.count_steps(filled("--epochs", 2), 1797) == math.ceil(2 * 1797 / 128)
 
 
 def test_every_setting_says_what_a_change_means_and_the_help_speaks_english(capsys):
@@ -711,9 +728,9 @@ def test_every_setting_says_what_a_change_means_and_the_help_speaks_english(caps
     assert "None" not in text and "False" not in text and "True" not in text
 
 
-def test_weights_say_what_they_are_and_where_their_data_lie(tmp_path, pictures, monkeypatch):
+def test_weights_say_what_they_are_and_where_their_data_lie(tmp_path, shelf, monkeypatch):
     """The raw weights load as the EMA does, with the same config and metadata."""
-    monkeypatch.chdir(pictures)
+    monkeypatch.chdir(shelf)
     flags = ["--data-path", "data", "--vae", "none", "--image-size", 16, "--model", "DiT-Ti/2"]
     run = train(tmp_path, *flags, "--num-workers", 0, "--max-steps", 2)
     files = run / "checkpoints" / "0000002"
@@ -721,7 +738,7 @@ def test_weights_say_what_they_are_and_where_their_data_lie(tmp_path, pictures, 
     assert model.config == ema.config and model.metadata == ema.metadata
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, load_file(files / "model.safetensors")[name])
-    assert model.metadata["data_path"] == str(pictures / "data") and model.metadata["step"] == 2
+    assert model.metadata["data_path"] == str(shelf / "data") and model.metadata["step"] == 2
     assert model.metadata["objective"] == "ddpm" and "image_column" not in model.metadata
 
 
@@ -736,14 +753,14 @@ def grow(folder, *names):
     return {folder / name: (folder / name).read_text() for name in names}
 
 
-def test_only_names_of_its_own_are_removed_from_a_cache(tmp_path, pictures, small_shards):
+def test_only_names_of_its_own_are_removed_from_a_cache(tmp_path, shelf, small_shards):
     """Not a person's files, nor those that another run is writing at this moment."""
     theirs = grow(tmp_path / "cache", ".tmp_drawings/1.txt", "app/deep/.env.tmpl", ".notes.tmp.txt",
                   ".tmpABCDEF", "sub/.index.json.999999999.tmp.json", ".index.json.tmp.json",
                   f".moments-00001.safetensors.{os.getppid()}.tmp.safetensors")
     dead = grow(tmp_path / "cache", ".moments-00001.safetensors.999999999.tmp.safetensors",
                 ".index.json.999999998.tmp.json")
-    cached(tmp_path, pictures, "--max-steps", 1)
+    cached(tmp_path, shelf, "--max-steps", 1)
     assert {path: path.read_text() for path in theirs} == theirs
     assert not [path for path in dead if path.exists()]
 
@@ -857,29 +874,26 @@ def test_init_with_other_shapes_is_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """23 small pictures in two class folders, and a small random VAE with a scale and a shift."""
-    from diffusers import AutoencoderKL
-
-    folder, random = tmp_path_factory.mktemp("pictures"), np.random.RandomState(0)
-    for i in range(23):
-        (folder / "data" / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
-        image = random.randint(0, 255, (20, 26, 3), dtype=np.uint8)
-        Image.fromarray(image).save(folder / "data" / f"class{i % 2}" / f"{i:02d}.png")
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.5,
-        shift_factor=0.1,
-    )
-    vae.save_pretrained(folder / "vae")
+def shelf(tmp_path_factory):
+    """A folder with 23 small pictures in two class folders, and a VAE with a scale and a shift."""
+    folder = tmp_path_factory.mktemp("shelf")
+    pictures(folder / "data", 23, 20)
+    save_vae(folder / "vae", scaling_factor=0.5, shift_factor=0.1)
     return folder
 
 
-def cached(folder, pictures, *flags):
+@pytest.fixture
+def broken(shelf, tmp_path):
+    """A copy of that folder with a picture that is none."""
+    shutil.copytree(shelf, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "data" / "a" / "004.png").write_bytes(b"no picture")
+    return tmp_path
+
+
+def cached(folder, shelf, *flags):
     train_accelerate.open_shard.cache_clear()
     return train(
-        folder, "--data-path", pictures / "data", "--vae", pictures / "vae", "--image-size", 16,
+        folder, "--data-path", shelf / "data", "--vae", shelf / "vae", "--image-size", 16,
         "--model", "DiT-Ti/2", "--num-workers", 0, "--latent-cache", Path(folder) / "cache", *flags,
     )
 
@@ -893,47 +907,47 @@ def tree(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_training_from_the_cache_is_training_from_the_pictures(tmp_path, pictures, small_shards):
-    run = cached(tmp_path / "with", pictures)
+def test_training_from_the_cache_is_training_from_the_pictures(tmp_path, shelf, small_shards):
+    run = cached(tmp_path / "with", shelf)
     names = ["index.json", *(f"moments-0000{i}.safetensors" for i in range(4))]
     assert sorted(tree(tmp_path / "with" / "cache")) == names
     index = json.loads((tmp_path / "with" / "cache" / "index.json").read_text())
     assert index["count"] == 23 and index["counts"] == [6, 6, 6, 5] and index["broken"] == []
     without = train(
-        tmp_path / "without", "--data-path", pictures / "data", "--vae", pictures / "vae",
+        tmp_path / "without", "--data-path", shelf / "data", "--vae", shelf / "vae",
         "--image-size", 16, "--model", "DiT-Ti/2", "--num-workers", 2)
     for a, b in zip(lines(run), lines(without), strict=True):
         assert [a["loss"], a["latent_std"]] == pytest.approx([b["loss"], b["latent_std"]], rel=1e-3)
 
 
-def test_a_cache_built_by_two_and_through_kills_is_the_same(tmp_path, pictures, small_shards):
-    cached(tmp_path / "whole", pictures, "--max-steps", 1)
+def test_a_cache_built_by_two_and_through_kills_is_the_same(tmp_path, shelf, small_shards):
+    cached(tmp_path / "whole", shelf, "--max-steps", 1)
     whole = tree(tmp_path / "whole" / "cache")
 
     def killed(write):
         die_at(write)
-        cached(tmp_path / "killed", pictures, "--max-steps", 1)
+        cached(tmp_path / "killed", shelf, "--max-steps", 1)
 
     statuses = [wait(fork(lambda n=n: killed(n)))[0] for n in (2, 3, 4, 100)]
     assert statuses == [-9, -9, -9, 0]
     assert tree(tmp_path / "killed" / "cache") == whole
-    assert wait(*fork_two(lambda: cached(tmp_path / "two", pictures, "--max-steps", 1))) == [0, 0]
+    assert wait(*fork_two(lambda: cached(tmp_path / "two", shelf, "--max-steps", 1))) == [0, 0]
     assert tree(tmp_path / "two" / "cache") == whole
 
 
-def test_a_cache_of_something_else_or_damaged_is_refused(tmp_path, pictures, small_shards):
-    cached(tmp_path, pictures, "--max-steps", 1)
+def test_a_cache_of_something_else_or_damaged_is_refused(tmp_path, shelf, small_shards):
+    cached(tmp_path, shelf, "--max-steps", 1)
     cache = tmp_path / "cache"
-    shutil.copytree(pictures / "vae", pictures / "other", dirs_exist_ok=True)
-    tensors = load_file(pictures / "other" / "diffusion_pytorch_model.safetensors")
+    shutil.copytree(shelf / "vae", shelf / "other", dirs_exist_ok=True)
+    tensors = load_file(shelf / "other" / "diffusion_pytorch_model.safetensors")
     tensors = {name: tensor + (name == "quant_conv.bias") for name, tensor in tensors.items()}
-    save_file(tensors, pictures / "other" / "diffusion_pytorch_model.safetensors")
+    save_file(tensors, shelf / "other" / "diffusion_pytorch_model.safetensors")
     others = {"image_size was 16, now 8": ["--image-size", 8],
-              "vae_weights": ["--vae", pictures / "other"]}
+              "vae_weights": ["--vae", shelf / "other"]}
     for words, flags in others.items():
         before = tree(cache)
         with pytest.raises(InputError, match=words):
-            cached(tmp_path, pictures, "--run-name", "new", *flags)
+            cached(tmp_path, shelf, "--run-name", "new", *flags)
         assert tree(cache) == before
     shard = cache / "moments-00002.safetensors"
     data = bytearray(shard.read_bytes())
@@ -943,45 +957,41 @@ def test_a_cache_of_something_else_or_damaged_is_refused(tmp_path, pictures, sma
     for workers in (0, 1):
         words = "^[^\n]*moments-00002.safetensors is damaged: delete it[^\n]*$"
         with pytest.raises(InputError, match=words):
-            cached(tmp_path, pictures, "--max-steps", 9, "--num-workers", workers)
+            cached(tmp_path, shelf, "--max-steps", 9, "--num-workers", workers)
     shard.unlink()
     shard.write_bytes(data[:-5])
     with pytest.raises(InputError, match="moments-00002.safetensors is damaged"):
-        cached(tmp_path, pictures, "--max-steps", 9)
+        cached(tmp_path, shelf, "--max-steps", 9)
     shard.unlink()
-    cached(tmp_path, pictures, "--max-steps", 9)
+    cached(tmp_path, shelf, "--max-steps", 9)
     (cache / "index.json").write_text("{")
     with pytest.raises(InputError, match="index.json is damaged"):
-        cached(tmp_path, pictures, "--max-steps", 9)
+        cached(tmp_path, shelf, "--max-steps", 9)
 
 
 def test_broken_images_are_named_and_left_out_up_to_a_limit(
-    tmp_path, pictures, small_shards, capfd,
+    tmp_path, broken, small_shards, capfd,
 ):
-    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "data" / "class0" / "04.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="1 images cannot be read, more than --max-broken 0.*"):
-        cached(tmp_path, tmp_path, "--max-broken", 0)
-    cached(tmp_path, tmp_path)
+        cached(tmp_path, broken, "--max-broken", 0)
+    cached(tmp_path, broken)
     assert "1 broken images are left out" in capfd.readouterr().out
     index = json.loads((tmp_path / "cache" / "index.json").read_text())
     assert index["count"] == 22 and index["counts"] == [5, 6, 6, 5] and index["broken"][0][0] == 2
-    assert "04.png" in index["broken"][0][1]
-    with pytest.raises(InputError, match="^[^\n]*04.png[^\n]*$"):
-        train(tmp_path, "--data-path", tmp_path / "data", "--vae", "none", "--image-size", 16,
+    assert "004.png" in index["broken"][0][1]
+    with pytest.raises(InputError, match="^[^\n]*004.png[^\n]*$"):
+        train(tmp_path, "--data-path", broken / "data", "--vae", "none", "--image-size", 16,
               "--model", "DiT-Ti/2", "--run-name", "direct", "--num-workers", 1)
 
 
-def test_a_command_with_workers_ends_when_it_fails(tmp_path, pictures):
+def test_a_command_with_workers_ends_when_it_fails(broken):
     """The workers outlive SIGTERM, with which Python ends its processes and then waits for them."""
-    shutil.copytree(pictures / "data", tmp_path / "data")
-    (tmp_path / "data" / "class0" / "04.png").write_bytes(b"no picture")
     command = [sys.executable, ROOT / "train_accelerate.py", "--data-path", "data", "--vae", "none",
                "--image-size", 8, "--model", "DiT-Ti/2", "--global-batch-size", 8,
                "--num-workers", 2, "--eval-samples", 0]
     words = [str(word) for word in command]
-    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 2 and "04.png" in ended.stderr.splitlines()[-1]
+    ended = subprocess.run(words, cwd=broken, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2 and "004.png" in ended.stderr.splitlines()[-1]
 
 
 # -------------------------------------------------------------------------------- what people bring
@@ -991,7 +1001,7 @@ OWN = ["--vae", "none", "--image-size", 8, "--model", "DiT-Ti/2", "--num-workers
 
 
 def grow_classes(folder, *names, count=3, value=0):
-    """A folder per class of small pictures, of the same names in each."""
+    """A folder per class of small shelf, of the same names in each."""
     for number, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         for i in range(count):
@@ -1000,9 +1010,9 @@ def grow_classes(folder, *names, count=3, value=0):
     return folder
 
 
-def test_data_and_vae_are_known_by_what_they_hold(tmp_path, pictures, monkeypatch):
+def test_data_and_vae_are_known_by_what_they_hold(tmp_path, shelf, monkeypatch):
     """However their paths are spelled, and wherever they are moved."""
-    shutil.copytree(pictures, tmp_path / "here")
+    shutil.copytree(shelf, tmp_path / "here")
     monkeypatch.chdir(tmp_path)
     paths = ["here/data", "./here/data/", tmp_path / "here" / "data", "there/data"]
     for step, path in enumerate(paths, start=1):
@@ -1032,8 +1042,8 @@ def test_other_data_under_the_same_path_are_refused(tmp_path, harm):
         train(tmp_path, "--data-path", data, *OWN)
 
 
-def test_a_cache_of_other_pictures_with_equal_names_and_counts_is_refused(tmp_path, pictures):
-    shutil.copytree(pictures / "vae", tmp_path / "vae")
+def test_a_cache_of_other_pictures_with_equal_names_and_counts_is_refused(tmp_path, shelf):
+    shutil.copytree(shelf / "vae", tmp_path / "vae")
     for version in (1, 2):
         grow_classes(tmp_path / f"v{version}" / "data", "ant", "bee", value=version)
     make = lambda version: train(
@@ -1045,16 +1055,32 @@ def test_a_cache_of_other_pictures_with_equal_names_and_counts_is_refused(tmp_pa
         make("v2")
 
 
-def test_what_the_cache_left_out_is_left_out_of_scores(tmp_path, pictures, small_shards):
-    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "data" / "class0" / "04.png").write_bytes(b"no picture")
-    run = cached(tmp_path, tmp_path, "--max-steps", 1, "--eval-every", 1, "--eval-samples", 4)
-    assert lines(run)[-1]["num_reference"] == 22
+@pytest.mark.parametrize("split", [[], ["--val-split", 0.4]])
+def test_what_the_cache_left_out_is_left_out_elsewhere(tmp_path, broken, small_shards, split):
+    """Of scores and of the held-out images; the cache is one, whatever is held out."""
+    cached(tmp_path, broken, "--max-steps", 1)
+    run = cached(tmp_path, broken, "--max-steps", 1, "--eval-every", 1, "--eval-samples", 4,
+                 "--run-name", "run2", *split).with_name("run2")
+    whole, scores = load_data(str(broken / "data"), 16), lines(run)[-1]
+    data, held = whole.without([2]).hold_out(0.4) if split else (whole.without([2]), [])
+    assert (scores["num_reference"], len(held) > 4) == (len(data), bool(split))
     assert load_checkpoint(run).metadata["left_out"] == [2]
+    assert ("fdr" in scores) == bool(split) == ("val_loss" in lines(run)[-2])
+
+    # Each image's own label and moments, in the order of the data.
+    shards = sorted((tmp_path / "cache").glob("moments-*"))
+    cache = train_accelerate.LatentCache(shards, [5, 6, 6, 5], [2])
+    part, vae = cache.part(whole.hold_out(0.4)[0] if split else whole), Autoencoder.load(
+        str(broken / "vae"))
+    assert len(part) == len(data)
+    for index in range(len(data)):
+        moments, label = part[index, False]
+        assert label == data[index][1]
+        assert torch.allclose(moments.float(), vae.encode(data[index][0][None])[0], atol=1e-2)
 
 
-def test_a_cache_of_nothing_but_broken_images_is_one_line(tmp_path, pictures):
-    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
+def test_a_cache_of_nothing_but_broken_images_is_one_line(tmp_path, shelf):
+    shutil.copytree(shelf, tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "data").rglob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(InputError, match="none of the 23 images can be read: .*png"):
@@ -1075,8 +1101,14 @@ def test_gray_pictures_train_one_channel_and_weights_in_colour_do_not_fit(tmp_pa
     for path in grow_classes(tmp_path / "data", "ant", "bee").rglob("*.png"):
         Image.open(path).convert("L").save(path)
     flags = ["--data-path", tmp_path / "data", *OWN, "--max-steps", 1]
-    assert load_checkpoint(train(tmp_path, *flags)).in_channels == 1
+    run = train(tmp_path, *flags)
+    assert load_checkpoint(run).in_channels == 1
     assert "all images are gray" in capfd.readouterr().out
+    # A run of three channels can't be resumed with one.
+    config = run / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(channels=3)))
+    with pytest.raises(InputError, match=r"\(channels was 3, now 1\): give another --run-name"):
+        train(tmp_path, *flags)
     given = build_dit("DiT-Ti/2", input_size=8, in_channels=3, num_classes=2)
     save_checkpoint(tmp_path / "given.safetensors", given)
     with pytest.raises(InputError, match="in_channels 3, not 1; channels are 1 for gray pixels"):
@@ -1094,19 +1126,6 @@ def test_settings_of_accelerates_configuration_are_recorded(tmp_path, monkeypatc
         train(tmp_path, "--max-steps", 2)
     train(tmp_path, "--max-steps", 2, "--mixed-precision", "bf16",
           "--gradient-accumulation-steps", 2)
-
-
-def test_a_run_of_an_older_version_resumes(tmp_path, whole_run):
-    """Its config.json has not the settings that came later."""
-    shutil.copytree(whole_run, tmp_path / "run")
-    path = tmp_path / "run" / "config.json"
-    config = json.loads(path.read_text())
-    for name in ("data", "vae_weights", "objective", "time_sampling"):
-        del config[name]
-    path.write_text(json.dumps(config | dict(mixed_precision=None)))
-    with pytest.raises(InputError, match="objective was 'ddpm', now 'flow'"):
-        train(tmp_path, "--objective", "flow")
-    train(tmp_path, "--max-steps", 7)
 
 
 @pytest.mark.parametrize(("name", "words"), [("a/b", None), ("n" * 255, None),
@@ -1160,13 +1179,9 @@ def test_the_commands_at_the_end_are_whole(tmp_path, capfd):
 
 def test_the_end_of_the_launcher_ends_the_run_saved(tmp_path):
     """SIGKILL to a process that started the trainer, as `accelerate launch` does."""
-    def slow():
-        original = train_accelerate.update_ema
-        train_accelerate.update_ema = lambda *args: (time.sleep(0.05), original(*args))
-        train(tmp_path, "--max-steps", 10_000, "--ckpt-every", 5)
-
     def launch():
-        (tmp_path / "pid").write_text(str(fork(slow, dict(ACCELERATE_DYNAMO_BACKEND="no"))))
+        work = lambda: slow_train(tmp_path, "--max-steps", 10_000, "--ckpt-every", 5)
+        (tmp_path / "pid").write_text(str(fork(work, dict(ACCELERATE_DYNAMO_BACKEND="no"))))
         time.sleep(600)
 
     launcher = fork(launch)
