@@ -552,6 +552,7 @@ def convert(source, destination, objective=None):
     fixed positions. objective: what the source does not say of itself. Raises InputError if the
     destination exists, if its layout cannot say what the model is, or if it cannot be written.
     """
+    # Nothing that is there is written over: of a folder, none of the parts that it may get.
     destination = Path(destination)
     layout = LAYOUTS.get(destination.suffix, "diffusers")
     parts = [destination / name for name in PIPELINE] if layout == "diffusers" else [destination]
@@ -569,6 +570,8 @@ def convert(source, destination, objective=None):
         has = ", ".join(f"{entry} {model.config[entry]}" for entry in lost)
         raise InputError(f"{destination} could not say that the model has {has}: "
                          "convert to a .safetensors")
+
+    # An official file has no place for metadata: what sampling must know is said.
     if layout == "ours":
         save_checkpoint(destination, model, **model.metadata)
     elif layout == "official":
@@ -653,6 +656,7 @@ def kept_bytes(config):
                 kept.append(sum(storage.nbytes() for storage in storages))
             return kept[1] - kept[0]
 
+        # The ends of the network alone, then with a block.
         model.blocks = nn.ModuleList()
         ends = kept_an_image()
         model.blocks = block
@@ -972,6 +976,7 @@ SCHEDULER = dict(  # DDPM's betas, DDIM's equal strides: the official "ddim50"
 
 def write_pipeline(folder, model, source):
     """A folder of diffusers: transformer/ and a card, and what else DiTPipeline needs to draw."""
+    # The transformer is of use by itself, whatever else a pipeline lacks.
     write_diffusers(folder / "transformer", model)
     try:
         vae, kind, files = pipeline_vae(model)
@@ -1195,12 +1200,13 @@ def run_command(main, args=None):
         leave(130)
     except SystemExit as error:
         leave(error.code)
+    # Of pipes only that of stdout may be cut; to anything else, such as a worker, it is a bug.
     except BrokenPipeError:
-        # A pipe to something else, such as a worker, is a bug.
         if not stdout_is_cut():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(141)
+    # Beside other processes the traceback is printed at once: the end may be a long wait for them.
     except Exception:
         if alone():
             raise
@@ -1298,6 +1304,7 @@ def fingerprint(*parts):
         else:
             digest.update(repr(part).encode())
 
+    # The parts one after another: their order is a part of what they mean.
     for part in parts:
         add(part)
     return digest.hexdigest()

@@ -187,6 +187,7 @@ class GaussianDiffusion:
 
         Second order in lambda = -log sigma; the first and the last step are of first order.
         """
+        # The second order comes from the step before, so the first step has to do without.
         x, previous_x0, previous_h = noise, None, None
         sqrt_abar = self.alphas_cumprod.sqrt().tolist()
         sqrt_one_minus_abar = (1 - self.alphas_cumprod).sqrt().tolist()

@@ -188,6 +188,7 @@ def in_batches(work, items, batch_size):
     Out of memory, the part is halved and tried again, and those after it are as small: for work
     whose result does not depend on the batch. RankLocalError when one item alone is too much.
     """
+    # How many items are done says where the next part begins, whatever size it will have.
     done = 0
     while done < len(items):
         part = list(items[done : done + batch_size])
@@ -203,9 +204,9 @@ def in_batches(work, items, batch_size):
             clear_device_cache()
             log_stderr(f"warning: out of memory with {len(part)} images at a time; going on with "
                        f"{batch_size}", everywhere=True)
-            continue
-        yield part, result
-        done += len(part)
+        else:
+            yield part, result
+            done += len(part)
 
 
 def sampling_settings(args, model, cfg_scale):
@@ -274,13 +275,14 @@ def draw(model, labels, seed=0, vae=None, **overrides):
     such as cfg_scale=2.0; the others are as the model's metadata suggest, guidance scale 4 if they
     do not. TypeError for another name; InputError as the command line gives it.
     """
+    # The flags as a command line without any would have them, but for the overrides.
     flags = {flag.dest: flag.default for flag in SAMPLING_FLAGS}
-    for name in overrides:
-        if name not in flags:
-            raise TypeError(f"draw has no argument {name!r}: it takes {', '.join(flags)}")
+    if unknown := overrides.keys() - flags:
+        raise TypeError(f"draw has no argument {min(unknown)!r}: it takes {', '.join(flags)}")
     diffusion, sampling = sampling_settings(
         argparse.Namespace(**flags | overrides), model, cfg_scale=4.0)
 
+    # Labels may be names and numbers in turns.
     device = model.pos_embed.device
     vae = vae or load_vae(model, device=device)
     names = class_names(model)
@@ -934,6 +936,7 @@ class CompiledNetwork:
     def __init__(self, key, versions, batch, frozen):
         from torch._inductor import config
 
+        # `of` asks for key and versions, to know whether this network is still the right one.
         self.key = key
         self.versions = versions
         self.batch = batch

@@ -276,10 +276,11 @@ class TrainingStep:
 
 
 def settings_of(args, *names):
-    """The (contender, precision, compiled) to try of each name; quick leaves compiled ones out."""
+    """Yield (row, name, precision, compiled) for what is tried of each name."""
     tries = [("fp32", False), ("bf16", False), ("bf16", True)]
     for name, (precision, compiled) in itertools.product(names, tries):
-        if not (compiled and args.quick):
+        # diffusers in fp32 is as fast as the official code, and compiling is not quick.
+        if (name, precision) != ("diffusers", "fp32") and not (compiled and args.quick):
             yield f"{name} {precision}{', compiled' if compiled else ''}", name, precision, compiled
 
 
@@ -340,12 +341,13 @@ def guided(network, x, t, y, scale=4.0):
     return torch.cat([uncond[:, :3] + scale * (cond[:, :3] - uncond[:, :3]), cond[:, 3:]], dim=1)
 
 
-def sampling_steps(model, process, x, t, y, precision):
+def sampling_steps(model, x, t, y, precision):
     """A function that takes LOOP DDPM steps from one x.
 
     It returns the predicted x_0, which has no noise. As in a sampling loop autocast is entered
     once, and need cast the weights once.
     """
+    process = create_diffusion("250")
 
     @torch.no_grad()
     def steps():
@@ -359,7 +361,27 @@ def sampling_steps(model, process, x, t, y, precision):
     return steps
 
 
-def official_sampling_steps(model, process, x, t, y, precision):
+def our_steps(network, x, t, y, precision, compiled):
+    model = CompiledNetwork.of(network, precision, len(x)) if compiled else network
+    model = partial(model.forward_with_cfg, cfg_scale=4.0, cfg_channels=3)
+    return sampling_steps(model, x, t, y, precision)
+
+
+def diffusers_steps(network, x, t, y, precision, compiled):
+    model = Diffusers(network)
+    model = partial(guided, torch.compile(model) if compiled else model)
+    return sampling_steps(model, x, t, y, precision)
+
+
+def official_steps(network, x, t, y, precision, compiled):
+    """As sampling_steps, with the official process and guidance; None without the official code."""
+    theirs = official(network, "250")
+    if not theirs:
+        return None
+    model, process = theirs
+    if compiled:
+        model.forward = torch.compile(model.forward)
+
     @torch.no_grad()
     def steps():
         kwargs = dict(y=torch.cat([y, torch.full_like(y, 1000)]), cfg_scale=4.0)
@@ -374,26 +396,13 @@ def official_sampling_steps(model, process, x, t, y, precision):
 
 
 def sample(args, case=("DiT-S/2", 4), compiled=True):
+    makers = {"official": official_steps, "diffusers": diffusers_steps, "ours": our_steps}
     for name, network, x, y in cases(args, case):
-        process, t, contenders = create_diffusion("250"), torch.full_like(y, 100), {}
-        for title, who, precision, compile in settings_of(args, "official", "diffusers", "ours"):
-            if compile and not compiled:
-                continue
-            if who == "official":
-                theirs = official(network, "250")
-                if not theirs:
-                    continue
-                if compile:
-                    theirs[0].forward = torch.compile(theirs[0].forward)
-                contenders[title] = official_sampling_steps(*theirs, x, t, y, precision)
-                continue
-            if who == "diffusers":
-                model = Diffusers(network)
-                model = partial(guided, torch.compile(model) if compile else model)
-            else:
-                model = CompiledNetwork.of(network, precision, len(x)) if compile else network
-                model = partial(model.forward_with_cfg, cfg_scale=4.0, cfg_channels=3)
-            contenders[title] = sampling_steps(model, process, x, t, y, precision)
+        t, contenders = torch.full_like(y, 100), {}
+        for title, who, precision, compile in settings_of(args, *makers):
+            if compiled or not compile:
+                steps = makers[who](network, x, t, y, precision, compile)
+                contenders |= {title: steps} if steps else {}
         macs = LOOP * 2 * len(x) * dit.count_macs(network.config)
         compare(f"{LOOP} guided DDPM steps, {name}", contenders, args, macs)
 
