@@ -31,7 +31,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import shutil
 import signal
 import tempfile
 import tokenize
@@ -47,8 +46,6 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dit import (
     InputError,
@@ -992,7 +989,7 @@ def image_features(source, wanted, network, accelerator, batch_size=256, num_wor
     if save_npz:
         file.write(arr_1=source.labels)
     if save_ref:
-        statistics = named_tensors(dataclasses.replace(features, rows=None))
+        statistics = named_arrays(dataclasses.replace(features, rows=None))
         file.write(network=network.name, **statistics)
     turned = torch.tensor(source.turned, device=accelerator.device)
     turned = int(accelerator.reduce(turned))
@@ -1953,10 +1950,9 @@ def take_reference(args, ckpt, metadata):
     if not metadata.get("data_path"):
         raise InputError(f"{ckpt} does not say which data it was trained on: give --ref")
     args.ref = metadata["data_path"]
-    defaults = parse_args([])
-    for name in [flag.dest for flag in DATA_FLAGS]:
-        if getattr(args, name) == getattr(defaults, name) and name in metadata:
-            setattr(args, name, metadata[name])
+    for flag in DATA_FLAGS:
+        if getattr(args, flag.dest) == flag.default and flag.dest in metadata:
+            setattr(args, flag.dest, metadata[flag.dest])
 
 
 def open_reference(args, network, samples, first):
@@ -2159,14 +2155,23 @@ def open_npz(path):
 
 
 def read_arrays(path, *names):
-    """Those of the arrays with these names that an .npz has: {name: array}."""
+    """All arrays of an .npz, or those of these names that it has: {name: array}."""
     arrays = {}
     with open_npz(path) as archive:
-        for name in names:
-            if f"{name}.npy" in archive.namelist():
-                with archive.open(f"{name}.npy") as file:
-                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+        there = [name.removesuffix(".npy") for name in archive.namelist()]
+        for name in there if not names else set(names) & set(there):
+            with archive.open(f"{name}.npy") as file:
+                arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
     return arrays
+
+
+def write_npz(path, **arrays):
+    """Write arrays by name, whole or not at all; a memory map is read piece by piece."""
+    def write(temporary):
+        with open(temporary, "wb") as file:  # to a name np.savez might add a suffix
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)
 
 
 class ArraysOnly(pickle.Unpickler):
@@ -2335,23 +2340,23 @@ class ReferenceFile:
             note(f"{self.path} does not name its network: taken for {network.name}")
 
 
-def named_tensors(features):
-    """What Features hold of a set, under the names that files give it: {name: tensor}."""
-    tensors = {} if features.rows is None else dict(rows=features.rows.cpu().contiguous())
+def named_arrays(features):
+    """What Features hold of a set, under the names that files give it: {name: array}."""
+    arrays = {} if features.rows is None else dict(rows=features.rows.cpu().numpy())
     for kind, names in STATISTICS.items():
-        for name, value in zip(names, getattr(features, kind) or (), strict=False):
-            tensors[name] = value.cpu().contiguous()
-    return tensors
+        values = getattr(features, kind) or ()
+        arrays |= {name: value.cpu().numpy() for name, value in zip(names, values, strict=False)}
+    return arrays
 
 
 class ReferenceCache:
     """Features of a reference in the user's cache folder, so that its images are read once.
 
-    The file is named by what the Features depend on: the images' content, crop and orientation, and
+    The .npz is named by what the Features depend on: the images' content, crop and orientation, and
     the network with its resize. All files together have at most CACHE_BYTES; the oldest go first.
     """
 
-    own = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.\d+\.tmp\.safetensors)?")  # also a kill's
+    own = re.compile(r"\.?[0-9a-f]{32}\.npz(\.\d+\.tmp\.npz)?")  # also what a kill left
 
     def __init__(self, source, network, accelerator):
         self.source, self.network, self.accelerator = source, network, accelerator
@@ -2360,57 +2365,50 @@ class ReferenceCache:
         else:
             content = [source.identity(), source.image_size, source.upright]
         self.folder = cache_folder() / "references"
-        self.path = self.folder / f"{fingerprint(*content, network.name)[:32]}.safetensors"
+        self.path = self.folder / f"{fingerprint(*content, network.name)[:32]}.npz"
 
     def load(self):
-        """The tensors of the file and its settings, {} and {} if it is damaged or not there."""
-        tensors = {}
-        settings = {}
-        if not self.path.is_file():
-            return tensors, settings
-        broken = OSError, SafetensorError, TypeError, KeyError, ValueError
-        with contextlib.suppress(*broken), safe_open(self.path, "pt") as file:
-            settings = json.loads(file.metadata()["settings"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if settings.get("fingerprint") != fingerprint(tensors):
+        """The arrays of the file; {} if it is damaged or not there."""
+        try:
+            if self.path.is_file():
+                return read_arrays(self.path)
+        except InputError:
             note(f"{self.path} is damaged and is made anew")
-            return {}, {}
-        return tensors, settings
+        return {}
 
     def read(self, wanted):
         """The Features `wanted`, or None if they are not there on every process."""
-        tensors, settings = self.load()
+        arrays = self.load()
         home = float64_device(self.accelerator)
         found = {}
         for kind in wanted:
             names = STATISTICS.get(kind, (kind,))
-            if tensors.keys() >= set(names):
-                parts = [tensors[name].to(home) for name in names]
+            if arrays.keys() >= set(names):
+                parts = [torch.from_numpy(arrays[name]).to(home) for name in names]
                 found[kind] = tuple(parts) if kind in STATISTICS else parts[0]
-        complete = torch.tensor(float(found.keys() >= wanted), device=self.accelerator.device)
+        complete = bool(arrays) and found.keys() >= wanted
+        complete = torch.tensor(float(complete), device=self.accelerator.device)
         if self.accelerator.reduce(complete) < self.accelerator.num_processes:
             return None
         with contextlib.suppress(OSError):
             os.utime(self.path)  # the oldest are those not used for the longest time
         self.report("read from")
         return Features(
-            self.source.name, len(self.source), self.network.name, settings["turned"],
-            settings["size"] and tuple(settings["size"]), **found, **labels_of(self.source))
+            self.source.name, len(self.source), self.network.name, int(arrays["turned"]),
+            tuple(arrays["size"].tolist()) or None, **found, **labels_of(self.source))
 
     def write(self, features):
         """Keep Features beside those that are there; what cannot be written is said and no more."""
         if not self.accelerator.is_main_process:
             return
         # Features that do not fit are not worth losing all others.
-        tensors = self.load()[0] | named_tensors(features)
-        if sum(tensor.nbytes for tensor in tensors.values()) > CACHE_BYTES:
+        arrays = self.load() | named_arrays(features)
+        if sum(array.nbytes for array in arrays.values()) > CACHE_BYTES:
             note(f"the features of {features.name} are too large to be kept")
             return
-        settings = json.dumps(dict(
-            size=features.size, turned=features.turned, fingerprint=fingerprint(tensors)))
+        size = np.array(features.size or (), dtype=int)
         try:
-            write_atomically(
-                self.path, lambda path: save_file(tensors, path, dict(settings=settings)))
+            write_npz(self.path, **arrays | dict(turned=features.turned, size=size))
             # The oldest files go, so that no more than CACHE_BYTES are left.
             total = 0
             for _, size, path in self.files():
@@ -2491,20 +2489,10 @@ class NpzWriter:
         """Write the images and other arrays, by name, whole or not at all."""
         if not self.file:
             return
-
-        # What np.savez writes, but from the file, since memory may not hold so many images.
-        def write(path):
-            with zipfile.ZipFile(path, "w") as archive:
-                header = dict(descr="|u1", fortran_order=False, shape=self.shape)
-                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array_header_1_0(file, header)
-                    self.file.seek(0)
-                    shutil.copyfileobj(self.file, file, 1 << 24)
-                for name, array in arrays.items():
-                    with archive.open(f"{name}.npy", "w") as file:
-                        np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-
-        write_atomically(self.path, write)
+        with writing(self.path):
+            self.file.flush()
+        images = np.memmap(self.file, np.uint8, "r", shape=self.shape)
+        write_npz(self.path, arr_0=images, **arrays)
         self.file.close()
 
 

@@ -1051,6 +1051,12 @@ def test_the_cache_is_bounded_and_can_be_done_without(tmp_path, monkeypatch, cap
     assert network.seen == seen + 9 and "too large" in capsys.readouterr().out
 
 
+def test_metrics_that_need_nothing_of_the_reference(standin, forty, tmp_path):
+    args = ("--samples", forty, "--ref", forty, "--features", standin, "--metrics", "is")
+    for _ in range(2):
+        assert cli(*args, out=tmp_path / "a.json")["inception_score"] >= 1
+
+
 def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path, standin, forty, capsys):
     evaluate.cache_folder().write_text("a file in its place")
     args = ("--samples", forty, "--ref", forty, "--features", standin, "--metrics", "fid")
