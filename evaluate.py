@@ -2698,38 +2698,28 @@ class FolderTree:
     """
 
     def __init__(self, path, above=()):
-        above = (*above, os.path.realpath(path))
-        images = []
-        folders = []
-        files = set()
-        # One look at each entry, by its name alone where that tells enough.
+        def refuse(error):
+            raise InputError(f"cannot read the folder {printable(path)}: {error.strerror}")
+
+        # What is directly in it, but for hidden and system files; links are what they lead to.
+        _, folders, files = next(os.walk(path, onerror=refuse))
+        folders, files = ([name for name in sorted(names) if name[0] != "." and name not in SYSTEM]
+                          for names in (folders, files))
         readable = readable_suffixes()
-        try:
-            for entry in os.scandir(path):
-                name = entry.name
-                if name[0] == "." or name in SYSTEM:
-                    continue
-                # A link to itself is no folder, but is_dir raises an error.
-                if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
-                    folders.append(name)
-                elif name[name.rfind(".") :].lower() in readable:
-                    images.append(name)
-                else:
-                    files.add(name)
-        except OSError as error:
-            reason = f"{printable(path)}: {error.strerror}"
-            raise InputError(f"cannot read the folder {reason}") from error
-        self.images = np.array([os.fsencode(name) for name in sorted(images)], dtype=bytes)
+        images = [name for name in files if name[name.rfind(".") :].lower() in readable]
+        self.images = np.array([os.fsencode(name) for name in images], dtype=bytes)
+        files = set(files).difference(images)
         self.metadata = sorted(files & {*METADATA})
         self.others = Counter(
             os.path.splitext(name)[1].lower() or "without suffix" for name in files - {*METADATA})
         is_run = "config.json" in files and "checkpoints" in folders
         self.is_output = is_run or ("settings.json" in files and holds_samples(path))
 
-        # A link stands for what it leads to, unless that is a folder which holds it.
+        # A link to a folder that holds it adds nothing.
+        above = (*above, os.path.realpath(path))
         self.folders = {}
         self.outputs = []
-        for name in sorted(folders):
+        for name in folders:
             below = os.path.join(path, name)
             if os.path.realpath(below) in above:
                 continue
