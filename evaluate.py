@@ -78,6 +78,7 @@ from sample_grid import (
     sample_images,
     sampling_settings,
     save_grid,
+    swept_values,
 )
 
 PAIRS = 8_000_000  # distances between rows that are held at a time
@@ -1540,8 +1541,8 @@ class ImageData(torch.utils.data.Dataset):
         return self.select(~held), self.select(held)
 
     def without(self, rows):
-        """The same data without these rows, say, those of broken images."""
-        return self.select(np.setdiff1d(np.arange(len(self)), np.array(rows, dtype=np.int64)))
+        """The same data without these rows of the whole data set, say, those of broken images."""
+        return self.select(~np.isin(self.rows, np.array(rows, dtype=np.int64)))
 
     def headers(self):
         """Yields each image that PIL opens, not decoded; reading names the others."""
@@ -1981,19 +1982,28 @@ def open_reference(args, network, samples, first):
     if samples and data.image_size and not size:  # not a folder, which is compared as it is
         data.image_size = min(samples.size)
 
-    # Real images for comparison: a share of the reference, or another split.
-    split = args.val_split or trained_on.get("val_split") or 0
+    # Real images for comparison are those that the training has not seen.
+    split = args.val_split or trained_on.get("val_split")
+    return split_off(data, split, args.ref, args) if split else (data, None)
+
+
+def split_off(data, split, path, args):
+    """(the ImageData without what --val-split holds out of them, the held-out images).
+
+    split: a share of the data, or the name of another split of the same path; args: the values of
+    DATA_FLAGS.
+    """
     try:
         share = float(split)
     except ValueError:
-        held = load_data(args.ref, data.image_size, args.image_column, args.label_column, split,
-                         args.upright)
+        held = load_data(
+            path, data.image_size, args.image_column, args.label_column, split, args.upright)
         if held.split == data.split:
-            raise InputError(f"--val-split {split} is the reference itself") from None
+            raise InputError(f"--val-split {split} is the split itself") from None
         return data, held
-    if not 0 <= share < 1:
+    if not 0 < share < 1:
         raise InputError(f"--val-split {split}: give a share between 0 and 1, or a split's name")
-    return data.hold_out(share) if share else (data, None)
+    return data.hold_out(share)
 
 
 def find_neighbour_images(args, reference, metrics):
@@ -2013,23 +2023,9 @@ def sweep_rows(args):
     """
     if not args.sweep:
         return [(args, {})]
-    # A value is read and checked as if its own flag had been given.
-    name, _, values = args.sweep.partition("=")
-    flags = {flag.dest: flag for flag in SAMPLING_FLAGS if flag.dest in SWEEPABLE}
+    name, values = swept_values(args, SWEEPABLE)
     rows = []
-    for text in values.split(","):
-        row = copy.copy(args)
-        try:
-            value = flags[name].options.get("type", str)(text.replace(":", ","))
-        except (KeyError, ValueError):
-            raise InputError(f"--sweep {args.sweep}: give a name of {', '.join(SWEEPABLE)} and "
-                             "values, such as cfg_scale=1,1.5,4") from None
-
-        # The flag itself would be overridden without a word.
-        if getattr(args, name) is not None:
-            raise InputError(f"{flags[name].name} does nothing beside --sweep, which varies it")
-        setattr(row, name, value)
-        flags[name].check(row)
+    for text, row in values.items():
         if args.save_images:
             row.save_images = os.path.join(args.save_images, f"{name}={text}")
         rows.append((row, dict(sweep=name)))
@@ -2557,6 +2553,8 @@ TITLES = dict(  # of metrics, in the order of tables and plots, and what each me
     sfid=("sFID", "the same of spatial features"),
     inception_score=("Inception score", "classes are clear and varied"),
     kid=("KID", "unbiased distance to the reference"),
+    val_loss=("validation loss", "the loss on held-out images"),
+    val_loss_bands=("validation loss, bands", "from little to much noise"),
     rfid=("rFID", "distance of the reconstructed images"),
     rfd=("rFD", "distance of the reconstructed images"),
     psnr=("PSNR", "decibels of signal above error"),
@@ -2570,6 +2568,8 @@ def print_metrics(metrics, title="Evaluation"):
 
     def cell(run, name):
         value = run.get(name)
+        if isinstance(value, list):
+            return "  ".join(f"{number:.4g}" for number in value)
         text = f"{value:.4f}" if isinstance(value, float) else str(value)
         if f"{name}_low" in run:
             text += f"  ({run[f'{name}_low']:.4f} to {run[f'{name}_high']:.4f})"
@@ -2626,7 +2626,7 @@ def plot_run(folder, path=None):
         lines = sorted(map(json.loads, lines), key=lambda line: line["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--plot-run {folder} has no readable metrics.jsonl: {error}") from error
-    names = ["loss", "mse", "vb", "val_loss", "images_per_second", *TITLES]
+    names = ["loss", "mse", "vb", "images_per_second", *TITLES]
     if not draw_curves(lines, [("step", name) for name in names], path):
         raise InputError(f"--plot-run {folder}: its metrics.jsonl has nothing to draw yet")
     print(f"wrote {path}")
