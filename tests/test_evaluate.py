@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,120 @@ def test_efficientnet_is_silent_and_called_fd(capsys):
     assert probs.sum(1).tolist() == pytest.approx([1, 1]) and not any(capsys.readouterr())
     with pytest.raises(InputError, match="sfid"):
         evaluate.choose_metrics(["sfid"], network)
+
+
+# ---------------------------------------------------------- DINOv2
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    """A folder as save_pretrained writes it: DINOv2's layout, one block, waves for weights."""
+    transformers = pytest.importorskip("transformers", reason="it is optional, for DINOv2 alone")
+    net = transformers.Dinov2Model(transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=518))
+    for i, (_, weight) in enumerate(sorted(net.named_parameters())):
+        places = torch.arange(weight.numel(), dtype=torch.float64)
+        weight.data = torch.sin(0.7 * places + i).view(weight.shape).float()
+    folder = tmp_path_factory.mktemp("net") / "dinov2"
+    net.save_pretrained(folder)
+    return str(folder)
+
+
+def test_dinov2_equals_the_official_network(dinov2):
+    """The expected values are those of its own code with these weights, after edm2's resize."""
+    images = torch.arange(2 * 3 * 20 * 30).view(2, 3, 20, 30).mul(37).remainder(251).byte()
+    network = load_features(dinov2, "cpu")
+    features, probs, spatial = network(images)
+    expected = [[0.474699616, -0.451015502, -0.336854815, 0.672243655],
+                [0.475113839, -0.451827049, -0.336224377, 0.671643972]]
+    torch.testing.assert_close(features[:, :4], torch.tensor(expected), rtol=0, atol=2e-6)
+    assert (network.width, network.distance, probs, spatial) == (16, "FD", None, None)
+    assert network.name.startswith("dinov2-edm2-")
+    for resize in ("dgm-eval", "torch-fidelity"):
+        other = load_features(dinov2, "cpu", resize)
+        assert resize in other.name and not torch.allclose(other(images)[0], features, atol=1e-4)
+    with pytest.raises(InputError, match="--resize clean .*edm2 or dgm-eval or torch-fidelity"):
+        load_features(dinov2, "cpu", "clean")
+
+
+def test_resizes_of_dinov2_are_those_of_its_evaluators():
+    """dgm-eval's is torchvision's of a PIL image; edm2's is clean-fid's without its clipping."""
+    transforms = pytest.importorskip("torchvision").transforms
+    image = RNG.integers(0, 2, (40, 60, 3), dtype=np.uint8) * 255
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    resize = transforms.Resize((224, 224), transforms.InterpolationMode.BICUBIC)
+    theirs = transforms.ToTensor()(resize(Image.fromarray(image)))
+    torch.testing.assert_close(evaluate.resize_pil(pixels)[0] / 255, theirs, rtol=0, atol=0)
+    channels = [Image.fromarray(pixels[0, i].numpy()).resize((224, 224), Image.BICUBIC)
+                for i in range(3)]  # in float32
+    resized = evaluate.resize_bicubic(pixels)[0].numpy()
+    np.testing.assert_allclose(resized, np.stack(channels), atol=5e-3)
+    assert resized.min() < -10 and resized.max() > 265
+
+
+def test_fd_dinov2_against_edm2s_statistics(dinov2, standin, forty, tmp_path, capsys):
+    network = load_features(dinov2, "cpu")
+    images = torch.stack([image for image, _ in load_data(forty)])
+    mu, sigma = evaluate.compute_statistics(network(images)[0])
+    adm = evaluate.compute_statistics(load_features(standin, "cpu")(images)[0])
+    statistics = dict(num_images=40, fid=dict(mu=adm[0], sigma=adm[1]),
+                      fd_dinov2=dict(mu=mu, sigma=sigma))
+    for protocol in (3, 4, 5):
+        (tmp_path / "ref.pkl").write_bytes(pickle.dumps(statistics, protocol))
+        result = cli("--samples", forty, "--ref", tmp_path / "ref.pkl", "--features", dinov2,
+                     out=tmp_path / "a.json")
+        assert result["fd"] == pytest.approx(0, abs=1e-4) and "fid" not in result
+        assert result["features"] == network.name and "inception_score" not in result
+    result = cli("--samples", forty, "--ref", tmp_path / "ref.pkl", "--features", standin,
+                 out=tmp_path / "b.json")
+    assert result["fid"] == pytest.approx(0, abs=1e-6)
+    for features, resize in ((dinov2, "dgm-eval"), (standin, "clean")):
+        with pytest.raises(InputError, match="ref.pkl has no statistics of"):
+            cli("--samples", forty, "--ref", tmp_path / "ref.pkl", "--features", features,
+                "--resize", resize)
+
+    # Of images, the metrics of their features; --save-ref keeps what serves again.
+    args = ("--samples", forty, "--features", dinov2)
+    cli("--ref", forty, "--features", dinov2, "--save-ref", tmp_path / "ref.npz")
+    result = cli(*args, "--ref", tmp_path / "ref.npz", out=tmp_path / "c.json")
+    assert result["fd"] == pytest.approx(0, abs=1e-4) and result["precision"] == 1
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("made",)
+
+
+@pytest.mark.parametrize("hostile", [
+    Hostile(), np.array([Hostile()], dtype=object), np.ma.zeros(3)])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_pickled_statistics_run_no_code(hostile, protocol, standin, forty, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ref.pkl").write_bytes(pickle.dumps(
+        dict(fid=dict(mu=hostile, sigma=np.eye(24))), protocol))
+    with pytest.raises(InputError, match="ref.pkl .*could run code"):
+        cli("--samples", forty, "--ref", tmp_path / "ref.pkl", "--features", standin)
+    assert os.listdir(tmp_path) == ["ref.pkl"]
+
+
+@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps([1]), pickle.dumps(dict(fid=3)),
+                                     pickle.dumps(dict(fid=dict(mu=np.zeros(24))))[:-9]])
+def test_other_pickles_are_one_line(content, standin, forty, tmp_path):
+    (tmp_path / "ref.pkl").write_bytes(content)
+    with pytest.raises(InputError, match="ref.pkl has no statistics") as raised:
+        cli("--samples", forty, "--ref", tmp_path / "ref.pkl", "--features", standin)
+    assert "\n" not in str(raised.value)
+
+
+def test_dinov2_without_weights_or_package_is_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="it is optional, for DINOv2 alone")
+    for name, words in (("dinov2", "facebook/dinov2-large"), (str(tmp_path), str(tmp_path))):
+        with pytest.raises(InputError, match=f"weights from {words}") as raised:
+            load_features(name, "cpu")
+        assert "\n" not in str(raised.value)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match="pip install transformers"):
+        load_features("dinov2", "cpu")
 
 
 # ---------------------------------------------------------- sets and generation
@@ -934,6 +1049,12 @@ def test_the_cache_is_bounded_and_can_be_done_without(tmp_path, monkeypatch, cap
     seen = network.seen
     reference_features(load_data(str(tmp_path / "3"), 4), network, one, cache=True)
     assert network.seen == seen + 9 and "too large" in capsys.readouterr().out
+
+
+def test_metrics_that_need_nothing_of_the_reference(standin, forty, tmp_path):
+    args = ("--samples", forty, "--ref", forty, "--features", standin, "--metrics", "is")
+    for _ in range(2):
+        assert cli(*args, out=tmp_path / "a.json")["inception_score"] >= 1
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path, standin, forty, capsys):
