@@ -38,9 +38,7 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
-import urllib.request
 import zlib
 from collections import namedtuple
 from pathlib import Path
@@ -70,8 +68,8 @@ from dit import (
 )
 from evaluate import (
     BrokenImage,
+    Inception,
     add_data_args,
-    cache_folder,
     choose_metrics,
     evaluate_model,
     gather_rows,
@@ -1463,12 +1461,7 @@ class Previews:
         """Choose the feature network, the reference's images, and the metrics that they allow."""
         args, count = self.args, self.args.eval_samples
         if args.features is None:
-            small = args.image_size < 64
-            inception = not small and on_main(self.accelerator, inception_can_be_had)
-            args.features = "inception" if inception else "efficientnet-lite0"
-            if not small and not inception:
-                note("Inception is not here and cannot be downloaded: scores are "
-                     "distances in EfficientNet-Lite0's features, fd in place of fid")
+            args.features = self.choose_features()
         self.features = load_features(args.features, self.accelerator.device)
         self.choose_reference()
 
@@ -1482,6 +1475,18 @@ class Previews:
             f"scores every {args.eval_every} steps: {count} samples, {self.diffusion.num_timesteps}"
             f" steps of {self.scored['sampler']} each, guidance {self.scored['cfg_scale']}, "
             f"against {len(self.compared)} images, by {args.features}")
+
+    def choose_features(self):
+        """Inception, as in the literature, unless images are small or it is not to be had."""
+        if self.args.image_size < 64:
+            return "efficientnet-lite0"
+        try:
+            on_main(self.accelerator, Inception.download)
+        except InputError:
+            note("Inception is not here and cannot be downloaded: scores are distances in "
+                 "EfficientNet-Lite0's features, fd in place of fid")
+            return "efficientnet-lite0"
+        return "inception"
 
     def leave_out(self, broken):
         """Images that the latent cache could not read are left out here and, later, elsewhere."""
@@ -1749,26 +1754,6 @@ def start_tracker(folder, settings, accelerator):
     except Exception as error:  # of whatever kind the tracker's library raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"--tracker {settings['tracker']}: {reason[0]}") from error
-
-
-def inception_can_be_had():
-    """Whether Inception's file is in the cache, or its server answers within five seconds."""
-    from cleanfid.downloads_helper import inception_url
-
-    if (cache_folder() / Path(inception_url).name).is_file():
-        return True
-    answers = []
-
-    def ask():
-        request = urllib.request.Request(inception_url, method="HEAD")
-        with contextlib.suppress(OSError):
-            answers.append(urllib.request.urlopen(request, timeout=5))
-
-    # In a thread, since a name server that is silent knows no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(5)
-    return bool(answers)
 
 
 def claim(lock, folder, settings):
