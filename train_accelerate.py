@@ -109,10 +109,10 @@ def main(args):
     # All that the user gave is read and checked before anything is written: the images, and the
     # autoencoder whose latents the network learns (none: the pixels are the latents).
     columns = args.image_column, args.label_column
-    images = load_data(args.data_path, args.image_size, *columns, args.split, args.upright)
-    vae = Autoencoder.load(args.vae, device, pixel_channels(args, images, accelerator))
-    folder = run_folder(args, images)
-    data, held = hold_out(args, images)  # to learn from, and never to learn from
+    whole = load_data(args.data_path, args.image_size, *columns, args.split, args.upright)
+    data, held = hold_out(args, whole)  # to learn from, and never to learn from
+    vae = Autoencoder.load(args.vae, device, pixel_channels(args, whole, accelerator))
+    folder = run_folder(args, data)
     fit_to_data(args, data, held, vae, folder, accelerator)
 
     # The network, its moving average (EMA), which samples better, and the process that adds noise.
@@ -131,7 +131,7 @@ def main(args):
         introduce(args, data, network, previews, accelerator)
         # With a cache the VAE encodes each image once, not once an epoch.
         if args.latent_cache:
-            cache = latent_cache(args, images, vae, accelerator)
+            cache = latent_cache(args, whole, vae, accelerator)
             previews.leave_out(cache.broken)
             data = cache.part(data)
         if args.compile:
@@ -426,14 +426,14 @@ def start_accelerator(args):
     return accelerator
 
 
-def hold_out(args, images):
-    """(images to train on, held-out images): ImageData; (all, None) without --val-split.
+def hold_out(args, whole):
+    """(images to train on, held-out images) of ImageData; (all, None) without --val-split.
 
     InputError when the held-out images have other classes.
     """
     if args.val_split is None:
-        return images, None
-    data, held = split_off(images, args.val_split, args.data_path, args)
+        return whole, None
+    data, held = split_off(whole, args.val_split, args.data_path, args)
     if held.classes != data.classes:
         raise InputError(f"--val-split {args.val_split} has other classes than the training images")
     note(f"{len(held)} images are held out, {len(data)} are trained on")
@@ -1432,7 +1432,6 @@ class Previews:
         self.reference = None
         self.held_out = None  # the Features of held
         self.features = None
-        self.compared = data
         self.plan = "no scores"
         self.size_scores()
         if args.eval_every:
@@ -1463,7 +1462,6 @@ class Previews:
         if args.features is None:
             args.features = self.choose_features()
         self.features = load_features(args.features, self.accelerator.device)
-        self.choose_reference()
 
         # Of large data sets those alone that do not keep every feature of the reference.
         asked = None
@@ -1496,13 +1494,12 @@ class Previews:
         self.data = self.data.without(broken)
         if self.held and self.held.split == self.data.split:  # a share of the same images
             self.held = self.held.without(broken)
-        self.choose_reference()
 
-    def choose_reference(self):
+    @property
+    def compared(self):
         """The images to compare with: all, but a laptop's so many as take it about a minute."""
-        self.compared = self.data
-        if recipe(self.args) == "laptop" and self.args.eval_samples:
-            self.compared = spread(self.data, 10 * self.args.eval_samples)
+        few = recipe(self.args) == "laptop" and self.args.eval_samples
+        return spread(self.data, 10 * self.args.eval_samples) if few else self.data
 
     def picture(self, step):
         return self.log.folder / "samples" / f"{step:07d}.png"

@@ -90,7 +90,8 @@ BAD_INPUT = [  # the script, its flags, and words of the message
     (train_accelerate, "--num-classes 9", "--num-classes 9, but the data has a label 9"),
     (train_accelerate, "--val-split 1.5", "--val-split 1.5: give a share between 0 and 1"),
     (train_accelerate, "--val-split train", "--val-split train is the split itself"),
-    (train_accelerate, "--data-path data --vae none --image-size 8 --val-split test", "'test'"),
+    (train_accelerate, "--data-path data --vae none --image-size 8 --val-split test",
+     "test: data has train"),
 
     # Classes.
     (sample_grid, "--ckpt small.safetensors --class-labels 'golden retreiver'",
