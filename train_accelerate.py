@@ -1572,10 +1572,9 @@ class Previews:
 
 def print_end(args, log, accelerator):
     """Where the run is, its metrics, and what to type next."""
-    table = {}
-    for key in ("val_loss", "features"):  # the last lines of a validation and of an evaluation
-        for line in [line for line in log.lines if key in line][-1:]:
-            table |= line
+    # The last lines of a validation and of an evaluation, which have these keys.
+    last = lambda key: next((line for line in reversed(log.lines) if key in line), {})
+    table = last("val_loss") | last("features")
     if table and accelerator.is_main_process:
         print_metrics(table, log.folder.name)
         for name in ("fid", "fd"):
