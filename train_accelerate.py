@@ -784,7 +784,7 @@ def validation_loss(args, held, ema, vae, diffusion, accelerator):
 
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
     rows = torch.cat([part for _, part in in_batches(losses, mine, 32)])
-    bands = gather_rows(rows, len(images), accelerator).double().mean(0)
+    bands = gather_rows(rows, len(images), accelerator).cpu().double().mean(0)
     return dict(val_loss=float(bands.mean()), val_loss_bands=bands.tolist())
 
 
