@@ -38,9 +38,7 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
-import urllib.request
 import zlib
 from collections import namedtuple
 from pathlib import Path
@@ -71,8 +69,8 @@ from dit import (
 )
 from evaluate import (
     BrokenImage,
+    Inception,
     add_data_args,
-    cache_folder,
     choose_metrics,
     evaluate_model,
     gather_rows,
@@ -112,10 +110,10 @@ def main(args):
     # All that the user gave is read and checked before anything is written: the images, and the
     # autoencoder whose latents the network learns (none: the pixels are the latents).
     columns = args.image_column, args.label_column
-    images = load_data(args.data_path, args.image_size, *columns, args.split, args.upright)
-    vae = Autoencoder.load(args.vae, device, pixel_channels(args, images, accelerator))
-    folder = run_folder(args, images)
-    data, held = hold_out(args, images)  # to learn from, and never to learn from
+    whole = load_data(args.data_path, args.image_size, *columns, args.split, args.upright)
+    data, held = hold_out(args, whole)  # to learn from, and never to learn from
+    vae = Autoencoder.load(args.vae, device, pixel_channels(args, whole, accelerator))
+    folder = run_folder(args, data)
     fit_to_data(args, data, held, vae, folder, accelerator)
 
     # The network, its moving average (EMA), which samples better, and the process that adds noise.
@@ -134,7 +132,7 @@ def main(args):
         introduce(args, data, network, previews, accelerator)
         # With a cache the VAE encodes each image once, not once an epoch.
         if args.latent_cache:
-            cache = latent_cache(args, images, vae, accelerator)
+            cache = latent_cache(args, whole, vae, accelerator)
             previews.leave_out(cache.broken)
             data = cache.part(data)
         if args.compile:
@@ -429,14 +427,14 @@ def start_accelerator(args):
     return accelerator
 
 
-def hold_out(args, images):
-    """(images to train on, held-out images): ImageData; (all, None) without --val-split.
+def hold_out(args, whole):
+    """(images to train on, held-out images) of ImageData; (all, None) without --val-split.
 
     InputError when the held-out images have other classes.
     """
     if args.val_split is None:
-        return images, None
-    data, held = split_off(images, args.val_split, args.data_path, args)
+        return whole, None
+    data, held = split_off(whole, args.val_split, args.data_path, args)
     if held.classes != data.classes:
         raise InputError(f"--val-split {args.val_split} has other classes than the training images")
     note(f"{len(held)} images are held out, {len(data)} are trained on")
@@ -787,7 +785,7 @@ def validation_loss(args, held, ema, vae, diffusion, accelerator):
 
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
     rows = torch.cat([part for _, part in in_batches(losses, mine, 32)])
-    bands = gather_rows(rows, len(images), accelerator).double().mean(0)
+    bands = gather_rows(rows, len(images), accelerator).cpu().double().mean(0)
     return dict(val_loss=float(bands.mean()), val_loss_bands=bands.tolist())
 
 
@@ -1435,7 +1433,6 @@ class Previews:
         self.reference = None
         self.held_out = None  # the Features of held
         self.features = None
-        self.compared = data
         self.plan = "no scores"
         self.size_scores()
         if args.eval_every:
@@ -1464,14 +1461,8 @@ class Previews:
         """Choose the feature network, the reference's images, and the metrics that they allow."""
         args, count = self.args, self.args.eval_samples
         if args.features is None:
-            small = args.image_size < 64
-            inception = not small and on_main(self.accelerator, inception_can_be_had)
-            args.features = "inception" if inception else "efficientnet-lite0"
-            if not small and not inception:
-                note("Inception is not here and cannot be downloaded: scores are "
-                     "distances in EfficientNet-Lite0's features, fd in place of fid")
+            args.features = self.choose_features()
         self.features = load_features(args.features, self.accelerator.device)
-        self.choose_reference()
 
         # Of large data sets those alone that do not keep every feature of the reference.
         asked = None
@@ -1484,6 +1475,18 @@ class Previews:
             f" steps of {self.scored['sampler']} each, guidance {self.scored['cfg_scale']}, "
             f"against {len(self.compared)} images, by {args.features}")
 
+    def choose_features(self):
+        """Inception, as in the literature, unless images are small or it is not to be had."""
+        if self.args.image_size < 64:
+            return "efficientnet-lite0"
+        try:
+            on_main(self.accelerator, Inception.download)
+        except InputError:
+            note("Inception is not here and cannot be downloaded: scores are distances in "
+                 "EfficientNet-Lite0's features, fd in place of fid")
+            return "efficientnet-lite0"
+        return "inception"
+
     def leave_out(self, broken):
         """Images that the latent cache could not read are left out here and, later, elsewhere."""
         if not broken:
@@ -1492,13 +1495,12 @@ class Previews:
         self.data = self.data.without(broken)
         if self.held and self.held.split == self.data.split:  # a share of the same images
             self.held = self.held.without(broken)
-        self.choose_reference()
 
-    def choose_reference(self):
+    @property
+    def compared(self):
         """The images to compare with: all, but a laptop's so many as take it about a minute."""
-        self.compared = self.data
-        if recipe(self.args) == "laptop" and self.args.eval_samples:
-            self.compared = spread(self.data, 10 * self.args.eval_samples)
+        few = recipe(self.args) == "laptop" and self.args.eval_samples
+        return spread(self.data, 10 * self.args.eval_samples) if few else self.data
 
     def picture(self, step):
         return self.log.folder / "samples" / f"{step:07d}.png"
@@ -1571,10 +1573,9 @@ class Previews:
 
 def print_end(args, log, accelerator):
     """Where the run is, its metrics, and what to type next."""
-    table = {}
-    for key in ("val_loss", "features"):  # the last lines of a validation and of an evaluation
-        for line in [line for line in log.lines if key in line][-1:]:
-            table |= line
+    # The last lines of a validation and of an evaluation, which have these keys.
+    last = lambda key: next((line for line in reversed(log.lines) if key in line), {})
+    table = last("val_loss") | last("features")
     if table and accelerator.is_main_process:
         print_metrics(table, log.folder.name)
         for name in ("fid", "fd"):
@@ -1741,26 +1742,6 @@ def start_tracker(folder, settings, accelerator):
     except Exception as error:  # of whatever kind the tracker's library raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"--tracker {settings['tracker']}: {reason[0]}") from error
-
-
-def inception_can_be_had():
-    """Whether Inception's file is in the cache, or its server answers within five seconds."""
-    from cleanfid.downloads_helper import inception_url
-
-    if (cache_folder() / Path(inception_url).name).is_file():
-        return True
-    answers = []
-
-    def ask():
-        request = urllib.request.Request(inception_url, method="HEAD")
-        with contextlib.suppress(OSError):
-            answers.append(urllib.request.urlopen(request, timeout=5))
-
-    # In a thread, since a name server that is silent knows no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(5)
-    return bool(answers)
 
 
 def claim(lock, folder, settings):

@@ -85,11 +85,10 @@ def lives(script, flags, folder, log, kills, longest, rng):
     return kills
 
 
-def repeat(work, script, flags, output, kills, rng, longest=4):
-    """Undisturbed once, then disturbed until `kills` kills are used.
+def repeat(work, what, script, flags, output, kills, rng, longest=4):
+    """Undisturbed once, then disturbed until `kills` kills are used: a scenario's result.
 
-    flags, output: functions of a round's folder. Returns the number of kills, of rounds, and the
-    names of files that ever differed.
+    flags, output: functions of a round's folder.
     """
     quiet, wrong, used, rounds = work / "quiet", set(), 0, 0
     quiet.mkdir()
@@ -103,7 +102,12 @@ def repeat(work, script, flags, output, kills, rng, longest=4):
         wrong |= differences(expected, digest(output(folder)))
         shutil.rmtree(folder)
         shutil.rmtree(f"{folder}-cache", ignore_errors=True)
-    return used, rounds, wrong
+    return compared(f"{used} SIGKILLs over {rounds} {what}", wrong)
+
+
+def compared(text, wrong):
+    """What a scenario says, and whether it has passed: no file may differ."""
+    return f"{text}; files that differ: {sorted(wrong) or 'none'}", not wrong
 
 
 def digest(folder):
@@ -152,10 +156,8 @@ def scenario_train(work, kills, rng):
     def flags(folder):
         return [*RUN_FLAGS, "--data-path", data, "--results-dir", folder, "--run-name", "run"]
 
-    used, rounds, wrong = repeat(
-        work, train_accelerate, flags, lambda folder: folder / "run", kills, rng)
-    text = f"{used} SIGKILLs over {rounds} training runs"
-    return f"{text}; files that differ: {sorted(wrong) or 'none'}", not wrong
+    return repeat(work, "training runs", train_accelerate, flags, lambda folder: folder / "run",
+                  kills, rng)
 
 
 def scenario_cache(work, kills, rng):
@@ -168,10 +170,8 @@ def scenario_cache(work, kills, rng):
                 "--sample-every", "0", "--eval-samples", "0", "--latent-cache", folder / "latents",
                 "--results-dir", folder]
 
-    used, rounds, wrong = repeat(
-        work, train_accelerate, flags, lambda folder: folder / "latents", kills, rng)
-    text = f"{used} SIGKILLs over {rounds} cache builds"
-    return f"{text}; files that differ: {sorted(wrong) or 'none'}", not wrong
+    return repeat(work, "cache builds", train_accelerate, flags, lambda folder: folder / "latents",
+                  kills, rng)
 
 
 def scenario_evaluate(work, kills, rng):
@@ -186,9 +186,7 @@ def scenario_evaluate(work, kills, rng):
                 "efficientnet-lite0", "--save-images", folder / "images", "--json",
                 folder / "metrics.json"]
 
-    used, rounds, wrong = repeat(work, evaluate, flags, lambda folder: folder, kills, rng)
-    text = f"{used} SIGKILLs over {rounds} evaluations"
-    return f"{text}; files that differ: {sorted(wrong) or 'none'}", not wrong
+    return repeat(work, "evaluations", evaluate, flags, lambda folder: folder, kills, rng)
 
 
 def scenario_signals(work, kills, rng):
@@ -214,9 +212,9 @@ def scenario_signals(work, kills, rng):
         finish(train_accelerate, flags(folder), folder, log)
         found = {k: v for k, v in digest(folder / "run").items() if k in expected}
         wrong |= differences(expected, found)
-    text = f"{tries} SIGTERM or SIGINT, {sum(statuses)} with exit status 128+n"
-    passed = all(statuses) and not wrong
-    return f"{text}; files that differ: {sorted(wrong) or 'none'}", passed
+    text, same = compared(
+        f"{tries} SIGTERM or SIGINT, {sum(statuses)} with exit status 128+n", wrong)
+    return text, same and all(statuses)
 
 
 def scenario_ranks(work, kills, rng):

@@ -33,6 +33,8 @@ def shelf(trained, small_ckpt, data, tmp_path_factory):
     (folder / "empty").mkdir()
     pictures(folder / "few", count=3)
     pictures(folder / "large", count=9, size=16)
+    shutil.copytree(pictures(folder / "splits" / "train"), folder / "splits" / "test")
+    shutil.rmtree(folder / "splits" / "test" / "b")
     damage(pictures(folder / "broken", count=9) / "a" / "004.png", "cut")
 
     # Archives of images.
@@ -90,7 +92,10 @@ BAD_INPUT = [  # the script, its flags, and words of the message
     (train_accelerate, "--num-classes 9", "--num-classes 9, but the data has a label 9"),
     (train_accelerate, "--val-split 1.5", "--val-split 1.5: give a share between 0 and 1"),
     (train_accelerate, "--val-split train", "--val-split train is the split itself"),
-    (train_accelerate, "--data-path data --vae none --image-size 8 --val-split test", "split test: data has train"),
+    (train_accelerate, "--data-path data --vae none --image-size 8 --val-split test",
+     "test: data has train"),
+    (train_accelerate, "--data-path splits --vae none --image-size 8 --val-split test",
+     "--val-split test has other classes"),
 
     # Classes.
     (sample_grid, "--ckpt small.safetensors --class-labels 'golden retreiver'",

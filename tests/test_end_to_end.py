@@ -31,8 +31,13 @@ def tiny_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("end-to-end")
     output = run("train_accelerate.py --max-steps 6 --global-batch-size 16 --ckpt-every 3 "
                  "--log-every 2 --sample-every 3 --eval-every 6 --eval-samples 8 "
-                 "--num-sampling-steps 2", folder)
-    assert "FD" in output and "python sample_grid.py --ckpt" in output
+                 "--num-sampling-steps 2 --val-split 0.1", folder)
+    assert "python sample_grid.py --ckpt" in output
+    # The end table tells what matters first.
+    names = ["FD", "fdr", "class agreement", "memorisation", "precision", "recall", "coverage",
+             "validation loss"]
+    rows = [line.split("│")[1].strip() for line in output.splitlines() if line.startswith("│")]
+    assert [name for name in rows if name in names] == names
     return folder / "results" / "digits-DiT-Ti-2"
 
 
@@ -44,6 +49,7 @@ def test_training_leaves_checkpoints_pictures_and_metrics(tiny_run):
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
     assert all(line["images_per_second"] > 0 for line in lines if "loss" in line)
     assert lines[-1]["fd"] > 0 and lines[-1]["num_samples"] == 8
+    assert [line["step"] for line in lines if "val_loss" in line] == [3, 6]
 
 
 def test_sampling_and_evaluating_that_run(tiny_run, tmp_path):
@@ -53,7 +59,10 @@ def test_sampling_and_evaluating_that_run(tiny_run, tmp_path):
     run(f"evaluate.py --ckpt {tiny_run} --num-fid-samples 12 --num-sampling-steps 2 "
         "--json out.json", tmp_path)
     metrics = json.loads((tmp_path / "out.json").read_text())
-    assert (metrics["num_samples"], metrics["num_reference"]) == (12, 1797)
+    # What training held out is held out here, too.
+    trained_on = json.loads((tiny_run / "config.json").read_text())["images"]
+    assert (metrics["num_samples"], metrics["num_reference"]) == (12, trained_on)
+    assert trained_on + metrics["num_held_out"] == 1797 and metrics["fdr"] > 0
     assert metrics["features"] == "efficientnet-lite0"
     assert "fd" in metrics and "fid" not in metrics
 
