@@ -32,6 +32,7 @@ import os
 import pickle
 import re
 import signal
+import sys
 import tempfile
 import tokenize
 import warnings
@@ -66,6 +67,7 @@ from sample_grid import (
     COUNT,
     MODEL_FLAGS,
     SAMPLING_FLAGS,
+    SEED,
     Autoencoder,
     Flag,
     ProgressBar,
@@ -1406,9 +1408,13 @@ GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"}  # of PIL
 
 def open_image(image):
     """A PIL image, not decoded yet, of {"path", "bytes"} (bytes may be None) or of a PIL image."""
+    if image is None:
+        raise ValueError("there is none")
     if not isinstance(image, dict):
         return image
     content = image["bytes"]
+    if content is None and not os.path.isfile(image["path"]):
+        raise ValueError("it is no file")  # a pipe, say, from which one would read for ever
     return Image.open(image["path"] if content is None else io.BytesIO(content))
 
 
@@ -1538,6 +1544,8 @@ class ImageData(torch.utils.data.Dataset):
         """
         hashes = np.array([zlib.crc32(b"%d" % row) for row in self.rows])
         held = hashes < share * 2**32
+        if held.all() or not held.any():
+            raise InputError(f"--val-split {share} holds out {held.sum()} of {len(self)} images")
         return self.select(~held), self.select(held)
 
     def without(self, rows):
@@ -1586,13 +1594,18 @@ class ImageData(torch.utils.data.Dataset):
 
 
 def beginning(item):
-    """(size, the first 4 kB) of an image that is not decoded yet."""
+    """(size, the first 4 kB) of an image that is not decoded yet; (-1, b"") of none."""
     if isinstance(item, dict) and item["bytes"] is None:
+        # Reading an image that is not there, or no file, will name it.
         try:
-            with open(item["path"], "rb") as file:
-                return os.fstat(file.fileno()).st_size, file.read(4096)
-        except OSError:  # reading the image will name it
-            return -1, b""
+            if os.path.isfile(item["path"]):
+                with open(item["path"], "rb") as file:
+                    return os.fstat(file.fileno()).st_size, file.read(4096)
+        except OSError:
+            pass
+        return -1, b""
+    if item is None:
+        return -1, b""
     content = item["bytes"] if isinstance(item, dict) else item.tobytes()
     return len(content), content[:4096]
 
@@ -1816,7 +1829,7 @@ SCORED_FLAGS = [
          "written 0.3:5", shown="no", metavar="NAME=V1,V2"),
     Flag("--plot-run", "draw the losses, the speed and the metrics of a run from its metrics.jsonl,"
          " and do nothing else", shown="no", metavar="RUN"),
-    Flag("--seed", "image i is drawn from seed + i", 0, bounds=(0, 2**62), type=int),
+    Flag("--seed", "image i is drawn from seed + i", 0, bounds=SEED, type=int),
     *MODEL_FLAGS,
     Flag("--image-size", "with --samples: crop the images to it; else check the weights' size",
          shown="the samples' size; folders as they are", bounds=COUNT, type=int),
@@ -2571,6 +2584,7 @@ def print_metrics(metrics, title="Evaluation"):
         if isinstance(value, list):
             return "  ".join(f"{number:.4g}" for number in value)
         text = f"{value:.4f}" if isinstance(value, float) else str(value)
+        text = {"True": "on", "False": "off", "None": "none"}.get(text, text)
         if f"{name}_low" in run:
             text += f"  ({run[f'{name}_low']:.4f} to {run[f'{name}_high']:.4f})"
         return text
@@ -2954,6 +2968,10 @@ def load_table(path, folder, image_size, image_column, label_column, split, upri
         reach_hub()
     import datasets
 
+    # Its errors are raised as well; its bars are for a terminal.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         found = open_table(path, folder, split)
     except Exception as error:  # whatever datasets, pyarrow and the hub's client raise
@@ -2987,10 +3005,17 @@ def load_table(path, folder, image_size, image_column, label_column, split, upri
 
     # Images stay as they are stored, and are decoded when they are asked for.
     images = data.select_columns([image_column])
-    images = images.cast_column(image_column, datasets.Image(decode=False))[image_column]
+    try:
+        images = images.cast_column(image_column, datasets.Image(decode=False))[image_column]
+    except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's are of these kinds
+        raise InputError(f"column {image_column} holds no images: choose another --image-column "
+                         f"of {', '.join(columns)}") from error
     name = base_name(path) if os.path.exists(path) else path.split("/")[1]
     data = ImageData(name, images, labels, names, image_size, upright=upright, split=split)
-    return announce(data, list(found), [f"column {image_column}"])
+    notes = [f"column {image_column}"]
+    if unused := [name for name in columns if name not in (image_column, label_column)]:
+        notes.append(f"unused: {', '.join(unused)}")
+    return announce(data, list(found), notes)
 
 
 def open_table(path, folder, split):
@@ -3064,23 +3089,24 @@ def class_labels(values, column, names=None):
     """
     import pyarrow
 
-    # What is neither a whole number nor a text is no label.
+    # What is neither a whole number nor a text is no label, and in a list no text is no value.
     types = pyarrow.types
     if types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     kind = values.type
     text = types.is_string(kind) or types.is_large_string(kind)
+    texts = values.to_pylist() if text else []
     wrong = None
     if types.is_nested(kind):
         wrong = "lists (of a one-hot vector, store the place of the 1)"
-    elif values.null_count:
+    elif values.null_count or "" in texts:
         wrong = "no value in some rows"
     elif not (text or types.is_integer(kind)):
         wrong = f"values of type {kind}"
     if wrong:
         raise InputError(f"column {column} holds {wrong}, but a label is a whole number or text")
     if text:
-        names, labels = np.unique(np.array(values.to_pylist(), object), return_inverse=True)
+        names, labels = np.unique(np.array(texts, object), return_inverse=True)
         return labels.astype(np.int64), list(names)
 
     # Every number up to the largest becomes a class, which an identifier must not.

@@ -674,6 +674,7 @@ def add_flags(parser, title, flags):
 
 
 COUNT = (1, math.inf)  # the bounds of what is counted
+SEED = (0, 2**62)  # below torch's largest, as each image adds its number
 SAMPLING_FLAGS = [  # shared by all three command lines
     Flag("--sampler", f"how to walk from noise to image; {', '.join(FlowMatching.samplers)} are "
          "for --objective flow and sit", shown="the weights' suggestion, else ddpm or euler",
@@ -717,7 +718,7 @@ GRID_FLAGS = [  # sample_grid.py's own
          shown="the official eight of ImageNet; for other data the first ten classes"),
     Flag("--images-per-class", "times to repeat the labels",
          shown="4 for the first ten classes, else 1", bounds=COUNT, type=int),
-    Flag("--seed", "image i is drawn from seed + i", 0, bounds=(0, math.inf), type=int),
+    Flag("--seed", "image i is drawn from seed + i", 0, bounds=SEED, type=int),
     Flag("--output", "the picture to write: .png, .jpg or .webp", "sample.png"),
     Flag("--nrow", "images in a row", shown="one of each label if repeated, else by their number",
          bounds=COUNT, type=int),

@@ -85,6 +85,7 @@ from evaluate import (
 from gaussian_diffusion import OBJECTIVES, create_process
 from sample_grid import (
     SAMPLING_FLAGS,
+    SEED,
     Autoencoder,
     Flag,
     ProgressBar,
@@ -308,7 +309,7 @@ SETTINGS = {
                 "largest gradient norm, 0 for no limit"),
         Setting("--ema-decay",                   0.9999,      0.995,      SHARE,   "asked",
                 "decay of the averaged weights, which warms up"),
-        Setting("--global-seed",                 0,           0,          ANY,     "asked",
+        Setting("--global-seed",                 0,           0,          SEED,    "asked",
                 "all randomness comes from it"),
         Setting("--skip-nonfinite",              0,           0,          FROM_0,  "free",
                 "leave out N steps whose loss or gradient is not finite", metavar="N"),
@@ -1055,7 +1056,8 @@ def run_folder(args, data):
 def step_folders(folder):
     """The folders checkpoints/0002000 ... of a run, oldest first; no others count."""
     paths = (folder / "checkpoints").glob("*")
-    return sorted(path for path in paths if re.fullmatch(STEP, path.name))
+    return sorted(path for path in paths if re.fullmatch(STEP, path.name)
+                  and path.is_dir() and not path.is_symlink())
 
 
 class Checkpoints:

@@ -119,6 +119,8 @@ BAD_INPUT = [  # the script, its flags, and words of the message
     (sample_grid, "--ckpt run --cfg-channels 0", "--cfg-channels 0 must be 1 or more"),
     (sample_grid, "--ckpt run --cfg-channels 4", "3 channels"),
     (sample_grid, "--ckpt run --seed -1", "--seed -1 must be 0 or more"),
+    (sample_grid, f"--ckpt run --seed {2**63}", f"--seed {2**63} must be {2**62} or less"),
+    (train_accelerate, f"--global-seed {2**63}", f"--global-seed {2**63} must be {2**62} or less"),
     (sample_grid, "--ckpt run --nrow 0", "--nrow 0"),
     (sample_grid, "--ckpt run --images-per-class -1", "--images-per-class -1"),
     (sample_grid, "--ckpt run --per-proc-batch-size 0",

@@ -731,13 +731,35 @@ def test_columns_are_chosen_or_asked_for(tmp_path):
     data.rename_columns(dict(image="picture", label="kind")).save_to_disk(tmp_path / "x")
     assert load_data(str(tmp_path / "x"), 8, label_column="fine").class_names == ["x", "y"]
     assert load_data(str(tmp_path / "x"), 8, image_column="picture").class_names is None
-    for asked in (dict(image_column="photo"), dict(label_column="labels")):
+    wrong = dict(image_column="photo"), dict(label_column="labels"), dict(image_column="coarse")
+    for asked in wrong:
         with pytest.raises(InputError, match="picture, kind, coarse, fine"):
             load_data(str(tmp_path / "x"), 8, **asked)
 
 
+def test_columns_that_are_not_used_are_named(tmp_path, capfd):
+    table([0, 1], fine=["x", "y"]).rename_column("label", "kind").to_parquet(tmp_path / "x.parquet")
+    load_data(str(tmp_path / "x.parquet"), 8)
+    line = "data x.parquet: no classes; 2 images; column image; unused: kind, fine\n"
+    assert capfd.readouterr() == (line, "")
+
+
+def test_what_is_no_image_is_named_when_it_is_read(tmp_path):
+    tree(tmp_path, "a/0.png")
+    os.mkfifo(tmp_path / "a" / "1.png")  # reading from it would never end
+    (tmp_path / "a" / "2.png").symlink_to("gone.png")
+    pictures = load_data(str(tmp_path), 8)
+    column = datasets.Dataset.from_dict(dict(image=[None])).cast_column("image", datasets.Image())
+    column.to_parquet(tmp_path / "b" / "0.parquet")
+    for data, index, name in ((pictures, 1, "1.png"), (pictures, 2, "2.png"),
+                              (load_data(str(tmp_path / "b"), 8), 0, "image 0")):
+        assert data.identity() and not data.all_gray()
+        with pytest.raises(BrokenImage, match=name):
+            data[index]
+
+
 @pytest.mark.parametrize(("labels", "words"), [
-    ([0, -1], "label -1"), ([0.5, 1.0], "double"), ([None, 1], "no value"),
+    ([0, -1], "label -1"), ([0.5, 1.0], "double"), ([None, 1], "no value"), (["", "a"], "no value"),
     ([[0, 1], [1, 0]], "one-hot"),
     ([[1], [2, 3]], "lists"), ([dict(a=1), dict(a=2)], "lists"), ([5, 1_999_999_999], "1999999999"),
     ([5, 2**40], "identifier"), ([True, False], "bool"),

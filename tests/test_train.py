@@ -763,13 +763,14 @@ def test_only_names_of_its_own_are_removed_from_a_run(tmp_path, whole_run, capfd
     shutil.copytree(whole_run, run)
     for name in ("0000002-keep", "1-best-so-far", "best"):
         shutil.copytree(run / "checkpoints" / "0000006", run / "checkpoints" / name)
+    (run / "checkpoints" / "0000099").symlink_to("best")
     theirs = grow(run, ".tmp_drawings/1.txt", ".notes.tmp.txt", "samples/.0000004.png.tmp",
                   "checkpoints/.mine.tmp/1.txt", "checkpoints/1-best-so-far/notes.txt")
     left = grow(run, ".best.safetensors.123.tmp.safetensors", ".tmpTYjvfW",
                 "samples/.0000004.png.123.tmp.png", "checkpoints/.0000006.tmp/.tmpTYjvfW",
                 "checkpoints/.damaged-0000006.old.tmp/optimizer.pt")
     train(tmp_path, "--max-steps", 10, "--keep-checkpoints", 1)
-    kept = {"0000010", "0000002-keep", "1-best-so-far", "best", ".mine.tmp"}
+    kept = {"0000010", "0000002-keep", "1-best-so-far", "best", ".mine.tmp", "0000099"}
     assert set(checkpoints(run)) == kept and "damaged" not in capfd.readouterr().err
     assert {path: path.read_text() for path in theirs} == theirs
     assert not [path for path in left if path.exists() or path.parent.name.endswith(".tmp")
