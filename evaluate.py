@@ -2003,8 +2003,8 @@ def open_reference(args, network, samples, first):
 def split_off(data, split, path, args):
     """(the ImageData without what --val-split holds out of them, the held-out images).
 
-    split: a share of the data, or the name of another split of the same path; args: the values of
-    DATA_FLAGS.
+    split: a share of the data, 0 for none, or the name of another split of the same path; args: the
+    values of DATA_FLAGS.
     """
     try:
         share = float(split)
@@ -2014,9 +2014,9 @@ def split_off(data, split, path, args):
         if held.split == data.split:
             raise InputError(f"--val-split {split} is the split itself") from None
         return data, held
-    if not 0 < share < 1:
+    if not 0 <= share < 1:
         raise InputError(f"--val-split {split}: give a share between 0 and 1, or a split's name")
-    return data.hold_out(share)
+    return data.hold_out(share) if share else (data, None)
 
 
 def find_neighbour_images(args, reference, metrics):

@@ -252,6 +252,7 @@ def number_or_auto(text):
 
 ANY, FROM_0, FROM_1, SHARE = None, (0, math.inf), (1, math.inf), (0, 1)
 SIZE, NETWORK, VAE = ByData(8, 256), ByData("DiT-Ti/2", "DiT-XL/2"), ByData("none", "ema")
+HELD = ByData("0.1", "0")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 OWN_CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 WORKERS = ByData(0, min(4, OWN_CORES))  # digits are in memory
@@ -266,7 +267,7 @@ SETTINGS = {
                 "digits, a folder, or a hub id, see evaluate.py"),
         Setting("--num-classes",                 None,        None,       FROM_1,  "fixed",
                 "number of classes", type=int, shown="the data's"),
-        Setting("--val-split",                   None,        None,       ANY,     "fixed",
+        Setting("--val-split",                   HELD,        HELD,       ANY,     "fixed",
                 "never train on these images, and log the loss on them: a share of the data, or "
                 "the name of another split", metavar="SHARE_OR_NAME"),
         Setting("--image-size",                  SIZE,        SIZE,       FROM_1,  "fixed",
@@ -429,16 +430,15 @@ def start_accelerator(args):
 
 
 def hold_out(args, whole):
-    """(images to train on, held-out images) of ImageData; (all, None) without --val-split.
+    """(images to train on, held-out images) of ImageData; (all, None) if none are to be held out.
 
     InputError when the held-out images have other classes.
     """
-    if args.val_split is None:
-        return whole, None
     data, held = split_off(whole, args.val_split, args.data_path, args)
-    if held.classes != data.classes:
+    if held and held.classes != data.classes:
         raise InputError(f"--val-split {args.val_split} has other classes than the training images")
-    note(f"{len(held)} images are held out, {len(data)} are trained on")
+    if held:
+        note(f"{len(held)} images are held out, {len(data)} are trained on")
     return data, held
 
 

@@ -320,7 +320,7 @@ def test_held_out_images_are_never_trained_on(tmp_path, monkeypatch, quick_evalu
     line = lines(run)[-2]
     assert line["val_loss"] == pytest.approx(np.mean(line["val_loss_bands"]))
     assert load_checkpoint(run).metadata["val_split"] == "0.5"
-    with pytest.raises(InputError, match="val_split was '0.5', now None.*--run-name"):
+    with pytest.raises(InputError, match="val_split was '0.5', now '0.1'.*--run-name"):
         train(tmp_path, "--allow-changes")
 
 
