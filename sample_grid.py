@@ -670,7 +670,8 @@ def add_flags(parser, title, flags):
     group = parser.add_argument_group(title)
     for flag in flags:
         text = flag.help.replace("%", "%%")
-        group.add_argument(flag.name, default=flag.default, help=text, **flag.options)
+        # Set afterwards, since to a default that it is told Python 3.10 adds words of its own.
+        group.add_argument(flag.name, help=text, **flag.options).default = flag.default
 
 
 COUNT = (1, math.inf)  # the bounds of what is counted
