@@ -149,8 +149,9 @@ class Statistics:
             self.scatter = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
         total = self.count + len(rows)
         centred = rows.new_empty(len(rows) + 1, rows.shape[1], dtype=torch.float64)
-        mean = rows.mean(0, dtype=torch.float64)
-        torch.sub(rows, mean, out=centred[:-1])
+        centred[:-1] = rows
+        mean = centred[:-1].mean(0)
+        centred[:-1] -= mean
         # Two parts' scatter about their common mean is the sum of the scatters about their own
         # means and nm / (n + m) delta delta^T: one more row.
         delta = mean - self.mean
@@ -180,8 +181,10 @@ class Statistics:
         if self.count < 2:
             raise InputError(f"a covariance needs at least two images, not {self.count}")
         check_finite("the features' mean", self.mean)
-        upper = self.scatter.triu() / (self.count - 1)
-        return self.mean, upper + upper.triu(1).T
+        covariance = self.scatter / (self.count - 1)
+        for j in range(0, len(covariance), 256):  # mirror what lies right of each square
+            covariance[j + 256 :, j : j + 256] = covariance[j : j + 256, j + 256 :].T
+        return self.mean, covariance
 
 
 def compute_statistics(features):
@@ -335,7 +338,8 @@ def about(x, centre):
 
 
 def take_rows(x, index):
-    return [part[torch.from_numpy(index).to(part.device)] for part in x]
+    index = torch.from_numpy(index).to(x[0].device)
+    return [part.index_select(0, index) for part in x]
 
 
 def kernel(x, y):
@@ -910,17 +914,18 @@ class Features:
         return {field for field in STORED_AS if getattr(self, field) is not None}
 
 
-def extract_features(name, count, batches, network, accelerator, wanted, image_name):
-    """The Features `wanted`, by their names, of `count` images, of which each process has a share.
+def extract_features(source, batches, network, accelerator, wanted):
+    """The Features `wanted`, by their names, of a source, of which each process has a share.
 
     batches: uint8 (n, 3, H, W), or lists of (3, H, W) where sizes are mixed, of images rank, rank +
-    world, rank + 2 world ... Every process gets the features of all. image_name(i): what image i is
-    called. Raises InputError for mixed sizes with the ADM protocol and fewer images than processes,
-    RankLocalError for features that are not finite.
+    world, rank + 2 world ... of the source. Every process gets the features of all. Raises
+    InputError for mixed sizes with the ADM protocol and fewer images than processes, RankLocalError
+    for features that are not finite.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    if count < world:
-        raise InputError(f"{name} has {count} images, too few for {world} processes")
+    if len(source) < world:
+        raise InputError(
+            f"{source.name} has {len(source)} images, too few for {world} processes")
 
     # Statistics are summed as the batches come: their memory does not grow with the number of
     # images. The features of each image are kept only where a metric needs them.
@@ -934,8 +939,8 @@ def extract_features(name, count, batches, network, accelerator, wanted, image_n
         sizes |= {tuple(image.shape[1:]) for image in images}
         if len(sizes) > 1 and not network.any_size:
             shown = " and ".join(f"{width} x {height}" for height, width in sorted(sizes)[:2])
-            raise InputError(f"{name} has images of {shown} pixels: the ADM protocol needs one "
-                             "size; crop them with --image-size, or use --resize clean")
+            raise InputError(f"{source.name} has images of {shown} pixels: the ADM protocol needs "
+                             "one size; crop them with --image-size, or use --resize clean")
 
         for part in [images] if torch.is_tensor(images) else [image[None] for image in images]:
             if not len(part):
@@ -946,7 +951,7 @@ def extract_features(name, count, batches, network, accelerator, wanted, image_n
             finite = pool.isfinite().all(1)
             if not finite.all():
                 bad = rank + (done + int(finite.int().argmin())) * world
-                raise RankLocalError(f"the features of {image_name(bad)} are not finite")
+                raise RankLocalError(f"the features of {source.image_name(bad)} are not finite")
             done += len(part)
 
             features = dict(pool=pool, rows=pool, probs=probs, spatial=spatial,
@@ -961,9 +966,9 @@ def extract_features(name, count, batches, network, accelerator, wanted, image_n
     # Together with the other processes' shares, in the order of the images.
     gathered = {kind: sums.gathered(accelerator).result() for kind, sums in statistics.items()}
     for kind, rows in kept.items():
-        gathered[kind] = gather_rows(torch.cat(rows), count, accelerator)
+        gathered[kind] = gather_rows(torch.cat(rows), len(source), accelerator)
     size = sizes.pop() if len(sizes) == 1 else None
-    return Features(name, count, network.name, size=size, **gathered)
+    return Features(source.name, len(source), network.name, size=size, **gathered)
 
 
 def image_features(source, wanted, network, accelerator, batch_size=256, num_workers=0,
@@ -983,8 +988,7 @@ def image_features(source, wanted, network, accelerator, batch_size=256, num_wor
     if path:
         file = NpzWriter(path, (len(source), *source.size, 3), batch_size, accelerator)
         batches = file.keep(batches)
-    features = extract_features(source.name, len(source), batches, network, accelerator, wanted,
-                                source.image_name)
+    features = extract_features(source, batches, network, accelerator, wanted)
 
     # What is known of the images apart from their features.
     if save_npz:
@@ -1184,8 +1188,7 @@ def evaluate_autoencoder(vae, data, network, accelerator, batch_size=256, num_wo
 
     batches = image_batches(data, accelerator, batch_size, num_workers)
     batches = reconstruct(show_progress(batches, "reconstructions", len(data), accelerator))
-    made = extract_features(
-        data.name, len(data), batches, network, accelerator, {"pool"}, data.image_name)
+    made = extract_features(data, batches, network, accelerator, {"pool"})
     if grid and accelerator.is_main_process:
         rows = ["original", "reconstruction", "difference"]
         save_grid(torch.cat(shown), grid, len(shown[0]), row_labels=rows)
@@ -2643,6 +2646,7 @@ def draw_curves(rows, pairs, path):
     """
     import matplotlib.figure  # takes a second, and few need it
 
+    # A run of a few steps may lack most of the names.
     curves = []
     for x, y in pairs:
         points = [row for row in rows if x in row and isinstance(row.get(y), int | float)]
