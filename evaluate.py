@@ -1016,9 +1016,9 @@ def reference_features(source, network, accelerator, metrics=None, batch_size=25
     # The statistics in a file are often of a whole training set, its images a few of them.
     stored = {}
     if isinstance(source, ReferenceFile):
-        stored = {kind: source.statistics[kind] for kind in wanted & source.statistics.keys()}
         home = float64_device(accelerator)
-        stored = {kind: (mu.to(home), sigma.to(home)) for kind, (mu, sigma) in stored.items()}
+        for kind in wanted & source.statistics.keys():
+            stored[kind] = tuple(x.to(home) for x in source.statistics[kind])
         wanted -= stored.keys()
         if not wanted:
             return Features(source.name, None, network.name, **stored)
@@ -1757,9 +1757,6 @@ def score(args, accelerator):
     # 2. Open the reference and the feature network, and see which metrics they allow.
     network = choose_features(args, args.ref, accelerator)
     reference, held = open_reference(args, network, samples, first)
-    asked = None
-    if args.metrics is not None:
-        asked = [name.strip() for name in args.metrics.split(",")]
     count = classes = None
     if samples:
         count = len(samples)
@@ -1767,7 +1764,7 @@ def score(args, accelerator):
     elif first:
         count = args.num_fid_samples
         classes = model_classes(first[0])
-    metrics = choose_metrics(asked, network, reference, count, classes, held)
+    metrics = choose_metrics(args.metrics, network, reference, count, classes, held)
     neighbours = find_neighbour_images(args, reference, metrics)
 
     # 3. Features of the reference: once, for all that is compared with it.
@@ -1837,7 +1834,7 @@ METRIC_FLAGS = [
          "DINOv2's as the others do; their metrics do not compare", shown="adm or edm2",
          choices=(*Inception.resizes, *DINOv2.resizes)),
     Flag("--metrics", f"some of {','.join(METRICS)}", shown="all that features, reference and "
-         "number of images allow"),
+         "number of images allow", type=lambda text: [name.strip() for name in text.split(",")]),
     Flag("--intervals", "95 % intervals", shown=f"up to {INTERVALS_UP_TO} samples",
          action=argparse.BooleanOptionalAction),
     Flag("--per-proc-batch-size", "images at once on each process", 256, bounds=COUNT,
@@ -2318,15 +2315,12 @@ class ReferenceFile:
         Our files name their network, others' do not: those with mu_s are the ADM suite's, those
         without (clean-fid's, pytorch-fid's, JiT's) of an Inception, resized in whatever way.
         """
-        # What the file says of itself, or what its arrays tell.
-        fits = network.distance == "FID"
-        of = "an Inception"
+        # What its arrays tell, or what the file says of itself.
+        of = "the ADM suite" if "mu_s" in arrays else "an Inception"
+        fits = network.distance == "FID" and not ("mu_s" in arrays and network.any_size)
         if "network" in arrays:
             of = str(arrays["network"])
             fits = of == network.name
-        elif "mu_s" in arrays:
-            of = "the ADM suite"
-            fits = fits and not network.any_size
         if not fits:
             raise InputError(f"{self.path} holds statistics of {of}, which cannot be compared with "
                              f"{network.name}: change --features or --resize")
