@@ -151,8 +151,9 @@ class Statistics:
             self.scatter = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
         total = self.count + len(rows)
         centred = rows.new_empty(len(rows) + 1, rows.shape[1], dtype=torch.float64)
-        mean = rows.mean(0, dtype=torch.float64)
-        torch.sub(rows, mean, out=centred[:-1])
+        centred[:-1] = rows
+        mean = centred[:-1].mean(0)
+        centred[:-1] -= mean
         # Two parts' scatter about their common mean is the sum of the scatters about their own
         # means and nm / (n + m) delta delta^T: one more row.
         delta = mean - self.mean
@@ -182,8 +183,10 @@ class Statistics:
         if self.count < 2:
             raise InputError(f"a covariance needs at least two images, not {self.count}")
         check_finite("the features' mean", self.mean)
-        upper = self.scatter.triu() / (self.count - 1)
-        return self.mean, upper + upper.triu(1).T
+        covariance = self.scatter / (self.count - 1)
+        for j in range(0, len(covariance), 256):  # mirror what lies right of each square
+            covariance[j + 256 :, j : j + 256] = covariance[j : j + 256, j + 256 :].T
+        return self.mean, covariance
 
 
 def compute_statistics(features):
@@ -337,7 +340,8 @@ def about(x, centre):
 
 
 def take_rows(x, index):
-    return [part[torch.from_numpy(index).to(part.device)] for part in x]
+    index = torch.from_numpy(index).to(x[0].device)
+    return [part.index_select(0, index) for part in x]
 
 
 def kernel(x, y):
@@ -912,17 +916,18 @@ class Features:
         return {field for field in STORED_AS if getattr(self, field) is not None}
 
 
-def extract_features(name, count, batches, network, accelerator, wanted, image_name):
-    """The Features `wanted`, by their names, of `count` images, of which each process has a share.
+def extract_features(source, batches, network, accelerator, wanted):
+    """The Features `wanted`, by their names, of a source, of which each process has a share.
 
     batches: uint8 (n, 3, H, W), or lists of (3, H, W) where sizes are mixed, of images rank, rank +
-    world, rank + 2 world ... Every process gets the features of all. image_name(i): what image i is
-    called. Raises InputError for mixed sizes with the ADM protocol and fewer images than processes,
-    RankLocalError for features that are not finite.
+    world, rank + 2 world ... of the source. Every process gets the features of all. Raises
+    InputError for mixed sizes with the ADM protocol and fewer images than processes, RankLocalError
+    for features that are not finite.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    if count < world:
-        raise InputError(f"{name} has {count} images, too few for {world} processes")
+    if len(source) < world:
+        raise InputError(
+            f"{source.name} has {len(source)} images, too few for {world} processes")
 
     # Statistics are summed as the batches come: their memory does not grow with the number of
     # images. The features of each image are kept only where a metric needs them.
@@ -936,8 +941,8 @@ def extract_features(name, count, batches, network, accelerator, wanted, image_n
         sizes |= {tuple(image.shape[1:]) for image in images}
         if len(sizes) > 1 and not network.any_size:
             shown = " and ".join(f"{width} x {height}" for height, width in sorted(sizes)[:2])
-            raise InputError(f"{name} has images of {shown} pixels: the ADM protocol needs one "
-                             "size; crop them with --image-size, or use --resize clean")
+            raise InputError(f"{source.name} has images of {shown} pixels: the ADM protocol needs "
+                             "one size; crop them with --image-size, or use --resize clean")
 
         for part in [images] if torch.is_tensor(images) else [image[None] for image in images]:
             if not len(part):
@@ -948,7 +953,7 @@ def extract_features(name, count, batches, network, accelerator, wanted, image_n
             finite = pool.isfinite().all(1)
             if not finite.all():
                 bad = rank + (done + int(finite.int().argmin())) * world
-                raise RankLocalError(f"the features of {image_name(bad)} are not finite")
+                raise RankLocalError(f"the features of {source.image_name(bad)} are not finite")
             done += len(part)
 
             features = dict(pool=pool, rows=pool, probs=probs, spatial=spatial,
@@ -963,9 +968,9 @@ def extract_features(name, count, batches, network, accelerator, wanted, image_n
     # Together with the other processes' shares, in the order of the images.
     gathered = {kind: sums.gathered(accelerator).result() for kind, sums in statistics.items()}
     for kind, rows in kept.items():
-        gathered[kind] = gather_rows(torch.cat(rows), count, accelerator)
+        gathered[kind] = gather_rows(torch.cat(rows), len(source), accelerator)
     size = sizes.pop() if len(sizes) == 1 else None
-    return Features(name, count, network.name, size=size, **gathered)
+    return Features(source.name, len(source), network.name, size=size, **gathered)
 
 
 def image_features(source, wanted, network, accelerator, batch_size=256, num_workers=0,
@@ -985,8 +990,7 @@ def image_features(source, wanted, network, accelerator, batch_size=256, num_wor
     if path:
         file = NpzWriter(path, (len(source), *source.size, 3), batch_size, accelerator)
         batches = file.keep(batches)
-    features = extract_features(source.name, len(source), batches, network, accelerator, wanted,
-                                source.image_name)
+    features = extract_features(source, batches, network, accelerator, wanted)
 
     # What is known of the images apart from their features.
     if save_npz:
@@ -1014,9 +1018,9 @@ def reference_features(source, network, accelerator, metrics=None, batch_size=25
     # The statistics in a file are often of a whole training set, its images a few of them.
     stored = {}
     if isinstance(source, ReferenceFile):
-        stored = {kind: source.statistics[kind] for kind in wanted & source.statistics.keys()}
         home = float64_device(accelerator)
-        stored = {kind: (mu.to(home), sigma.to(home)) for kind, (mu, sigma) in stored.items()}
+        for kind in wanted & source.statistics.keys():
+            stored[kind] = tuple(x.to(home) for x in source.statistics[kind])
         wanted -= stored.keys()
         if not wanted:
             return Features(source.name, None, network.name, **stored)
@@ -1186,8 +1190,7 @@ def evaluate_autoencoder(vae, data, network, accelerator, batch_size=256, num_wo
 
     batches = image_batches(data, accelerator, batch_size, num_workers)
     batches = reconstruct(show_progress(batches, "reconstructions", len(data), accelerator))
-    made = extract_features(
-        data.name, len(data), batches, network, accelerator, {"pool"}, data.image_name)
+    made = extract_features(data, batches, network, accelerator, {"pool"})
     if grid and accelerator.is_main_process:
         rows = ["original", "reconstruction", "difference"]
         save_grid(torch.cat(shown), grid, len(shown[0]), row_labels=rows)
@@ -1767,9 +1770,6 @@ def score(args, accelerator):
     # 2. Open the reference and the feature network, and see which metrics they allow.
     network = choose_features(args, args.ref, accelerator)
     reference, held = open_reference(args, network, samples, first)
-    asked = None
-    if args.metrics is not None:
-        asked = [name.strip() for name in args.metrics.split(",")]
     count = classes = None
     if samples:
         count = len(samples)
@@ -1777,7 +1777,7 @@ def score(args, accelerator):
     elif first:
         count = args.num_fid_samples
         classes = model_classes(first[0])
-    metrics = choose_metrics(asked, network, reference, count, classes, held)
+    metrics = choose_metrics(args.metrics, network, reference, count, classes, held)
     neighbours = find_neighbour_images(args, reference, metrics)
 
     # 3. Features of the reference: once, for all that is compared with it.
@@ -1847,7 +1847,7 @@ METRIC_FLAGS = [
          "DINOv2's as the others do; their metrics do not compare", shown="adm or edm2",
          choices=(*Inception.resizes, *DINOv2.resizes)),
     Flag("--metrics", f"some of {','.join(METRICS)}", shown="all that features, reference and "
-         "number of images allow"),
+         "number of images allow", type=lambda text: [name.strip() for name in text.split(",")]),
     Flag("--intervals", "95 % intervals", shown=f"up to {INTERVALS_UP_TO} samples",
          action=argparse.BooleanOptionalAction),
     Flag("--per-proc-batch-size", "images at once on each process", 256, bounds=COUNT,
@@ -2328,15 +2328,12 @@ class ReferenceFile:
         Our files name their network, others' do not: those with mu_s are the ADM suite's, those
         without (clean-fid's, pytorch-fid's, JiT's) of an Inception, resized in whatever way.
         """
-        # What the file says of itself, or what its arrays tell.
-        fits = network.distance == "FID"
-        of = "an Inception"
+        # What its arrays tell, or what the file says of itself.
+        of = "the ADM suite" if "mu_s" in arrays else "an Inception"
+        fits = network.distance == "FID" and not ("mu_s" in arrays and network.any_size)
         if "network" in arrays:
             of = str(arrays["network"])
             fits = of == network.name
-        elif "mu_s" in arrays:
-            of = "the ADM suite"
-            fits = fits and not network.any_size
         if not fits:
             raise InputError(f"{self.path} holds statistics of {of}, which cannot be compared with "
                              f"{network.name}: change --features or --resize")
@@ -2657,6 +2654,7 @@ def draw_curves(rows, pairs, path):
     """
     import matplotlib.figure  # takes a second, and few need it
 
+    # A run of a few steps may lack most of the names.
     curves = []
     for x, y in pairs:
         points = [row for row in rows if x in row and isinstance(row.get(y), int | float)]
