@@ -556,7 +556,7 @@ def describe(args, data, vae, diffusion):
 def quick_sampling(args):
     """The flags with the sampler of previews and scores, unless another is given.
 
-    In bfloat16 if training is: they take half the time.
+    In bfloat16 if training is: that is faster.
     """
     quick = copy.copy(args)
     if args.mixed_precision == "bf16":

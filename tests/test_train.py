@@ -106,6 +106,19 @@ def quick_evaluation(monkeypatch):
     monkeypatch.setattr(train_accelerate, "VALIDATED", 9)
 
 
+def train_until_killed(last, *flags):
+    """Train, and SIGKILL this process in the step `last`, before its update of the EMA."""
+    update_ema = train_accelerate.update_ema
+
+    def update(ema, network, decay, step):
+        if step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        update_ema(ema, network, decay, step)
+
+    train_accelerate.update_ema = update
+    train(*flags)
+
+
 def slow_train(*flags):
     """Train with a pause in every step."""
     update_ema = train_accelerate.update_ema
@@ -152,18 +165,8 @@ def test_kills_at_every_write_leave_no_trace(tmp_path, quick_evaluation):
     assert_same(tmp_path / "killed" / "run", whole)
 
 
-def test_a_kill_between_writes_resumes_exactly(tmp_path, whole_run, monkeypatch):
-    original = train_accelerate.update_ema
-
-    def die_at_step_4(ema, network, decay, step):
-        if step == 4:
-            raise KeyboardInterrupt
-        original(ema, network, decay, step)
-
-    monkeypatch.setattr(train_accelerate, "update_ema", die_at_step_4)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path)
-    monkeypatch.setattr(train_accelerate, "update_ema", original)
+def test_a_kill_between_writes_resumes_exactly(tmp_path, whole_run):
+    assert wait(fork(lambda: train_until_killed(4, tmp_path))) == [-9]
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         # What a later step left, and a line half-written.
         file.write('{"step": 5, "loss": 0.1}\n{"step": 6, "lo')
@@ -212,18 +215,7 @@ def test_flow_resumes_exactly_and_its_weights_say_so(tmp_path):
 def test_two_processes_resume_exactly(tmp_path):
     """Both are killed in the middle of a log line's steps, after a checkpoint."""
     flags = ["--log-every", 4, "--ckpt-every", 3]
-
-    def killed():
-        original = train_accelerate.update_ema
-
-        def update(ema, network, decay, step):
-            if step == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            original(ema, network, decay, step)
-
-        train_accelerate.update_ema = update
-        train(tmp_path / "parts", *flags)
-
+    killed = lambda: train_until_killed(3, tmp_path / "parts", *flags)
     assert wait(*fork_two(lambda: train(tmp_path / "whole", *flags))) == [0, 0]
     assert wait(*fork_two(killed)) == [-9, -9]
     assert wait(*fork_two(lambda: train(tmp_path / "parts", *flags))) == [0, 0]
