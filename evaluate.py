@@ -12,6 +12,7 @@ with the ADM suite's (--resize adm) or clean-fid's (--resize clean), never with 
     python evaluate.py --ckpt CKPT --sweep cfg_scale=1,1.5,2 --plot sweep.png    which guidance?
     python evaluate.py --ckpt CKPT --val-split 0.1 --neighbours near.png         is it copying?
     python evaluate.py --reconstruct FOLDER --vae mse --plot pairs.png           is the VAE good?
+    python evaluate.py --samples FOLDER --ref img512.pkl --features dinov2       FD-DINOv2
     python evaluate.py --plot-run results/digits-DiT-Ti-2                        a run's curves
 
 Without --ref, samples are compared with the images that their model was trained on.
