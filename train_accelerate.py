@@ -77,6 +77,7 @@ from evaluate import (
     load_data,
     load_features,
     model_classes,
+    plot_run,
     print_metrics,
     read_batches,
     reference_features,
@@ -1228,12 +1229,18 @@ class Log:
             file.flush()
             os.fsync(file.fileno())
 
-    def show(self, step, path):
+    def show(self, step, path, name="samples"):
         """Give the tracker the picture of a step."""
         for tracker in self.accelerator.trackers:
-            pixels = np.asarray(Image.open(path))[None]  # (1, H, W, 3)
+            pixels = np.asarray(Image.open(path).convert("RGB"))[None]  # (1, H, W, 3)
             options = dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}
-            tracker.log_images(dict(samples=pixels), step, **options)
+            tracker.log_images({name: pixels}, step, **options)
+
+    def show_curves(self, step):
+        """Give the tracker the curves of all that the log holds; they stay in the run's folder."""
+        if self.accelerator.trackers:
+            plot_run(self.folder)
+            self.show(step, self.folder / "curves.png", "curves")
 
     def best(self, name):
         """The line with the lowest value of a metric, or None."""
@@ -1529,6 +1536,7 @@ class Previews:
         # The best weights are written before the log says so: a kill between the two costs nothing.
         on_main(self.accelerator, self.keep_best, step, metrics)
         self.log.append(step, **metrics)
+        on_main(self.accelerator, self.log.show_curves, step)
 
     def keep_best(self, step, metrics):
         name = self.features.distance.lower()

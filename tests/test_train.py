@@ -359,7 +359,7 @@ def test_the_validation_loss_rises_where_a_network_learns_images_by_heart(tmp_pa
 
         monkeypatch.setattr(train_accelerate, "split_off", part)
         monkeypatch.setattr(train_accelerate.Previews, "draw", lambda *args: None)
-        run = train(tmp_path / str(count), "--val-split", 0.1, "--max-steps", 4000, "--lr", 0.004,
+        run = train(tmp_path / str(count), "--val-split", 0.1, "--max-steps", 2500, "--lr", 0.004,
                     "--global-batch-size", 32, "--log-every", 250, "--sample-every", 250)
         found[count] = [line["val_loss"] for line in lines(run) if "val_loss" in line]
     # On two cores 100 digits gave 0.1206 after 1,250 steps, and from there on more and more.
@@ -418,7 +418,7 @@ def test_bfloat16_keeps_weights_in_float32_and_losses_near(tmp_path, whole_run, 
     assert a != b and a == pytest.approx(b, rel=0.02) and lines(run)[-1]["dtype"] == "bf16"
 
 
-def test_the_tracker_gets_what_the_log_gets_once(tmp_path, monkeypatch):
+def test_the_tracker_gets_what_the_log_gets_once(tmp_path, monkeypatch, quick_evaluation):
     """Its numbers and pictures, also of a run that resumes before its last line."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -430,7 +430,8 @@ def test_the_tracker_gets_what_the_log_gets_once(tmp_path, monkeypatch):
         init(accelerator, name, shown, options)
 
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", watched)
-    flags = ["--tracker", "tensorboard", "--log-every", 1, "--sample-every", 3, "--val-split", 0.1]
+    flags = ["--tracker", "tensorboard", "--log-every", 1, "--sample-every", 3, "--eval-every", 3,
+             "--eval-samples", 8]
     run = train(tmp_path, *flags, "--max-steps", 5)
     shutil.rmtree(run / "checkpoints" / "0000005")
     train(tmp_path, *flags)
@@ -439,7 +440,8 @@ def test_the_tracker_gets_what_the_log_gets_once(tmp_path, monkeypatch):
         logged = [(line["step"], pytest.approx(line[name])) for line in lines(run) if name in line]
         assert [(scalar.step, scalar.value) for scalar in events.Scalars(name)] == logged
     assert [scalar.step for scalar in events.Scalars("val_loss_bands/4")] == [3, 6]
-    assert [image.step for image in events.Images("samples")] == [3, 6]
+    for name in ("samples", "curves"):
+        assert [image.step for image in events.Images(name)] == [3, 6]
     # W&B is told that it is the same run.
     assert started[0] == started[1] and started[1]["resume"] == "allow"
 
