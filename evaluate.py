@@ -1171,6 +1171,7 @@ def evaluate_autoencoder(vae, data, network, accelerator, batch_size=256, num_wo
     size = min(data.size)
     scores = dict(psnr=[], ssim=[]) if size >= 11 else dict(psnr=[])
     functions = dict(psnr=peak_signal_to_noise, ssim=structural_similarity)
+    home = float64_device(accelerator)
     shown = []
 
     # The reconstructions on their way to the features, compared in passing.
@@ -1183,7 +1184,7 @@ def evaluate_autoencoder(vae, data, network, accelerator, batch_size=256, num_wo
             mean = moments.chunk(2, dim=1)[0]
             made = vae.decode(vae.sample(moments, noise=torch.zeros_like(mean)))
             for name, values in scores.items():
-                values.append(functions[name](images, made))
+                values.append(functions[name](images.to(home), made.to(home)))
             if not shown:
                 difference = (128 + made[:8].float() - images[:8].float()).clamp(0, 255)
                 shown.extend([images[:8], made[:8], difference.to(torch.uint8)])

@@ -223,6 +223,8 @@ def test_two_processes_resume_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
+                    reason="FSDP of this PyTorch needs a GPU")
 def test_ranks_of_fsdp_train_save_and_resume_as_those_of_ddp(tmp_path, monkeypatch, precision):
     """FSDP2 on two CPU processes: the same losses, and a resumed run equals a whole one."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
