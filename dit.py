@@ -1207,10 +1207,15 @@ def run_command(main, args=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(141)
     # Beside other processes the traceback is printed at once: the end may be a long wait for them.
-    except Exception:
+    except Exception as error:
         if alone():
             raise
-        traceback.print_exc()
+        # When a process dies, which has said why, the others notice in their next exchange.
+        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
+            log_stderr("error: another process of this run has ended, or cannot be reached",
+                       everywhere=True)
+        else:
+            traceback.print_exc()
         leave(1)
 
 

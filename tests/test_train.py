@@ -561,7 +561,11 @@ def test_an_error_of_one_process_does_not_wait_for_the_others(tmp_path):
 
 @pytest.mark.parametrize(("error", "status", "words"), [
     ("dit.RankLocalError('a broken image')", 2, "error: a broken image"),
-    ("ZeroDivisionError", 1, "ZeroDivisionError"), ("SystemExit(143)", 143, "")])
+    ("ZeroDivisionError", 1, "ZeroDivisionError"), ("SystemExit(143)", 143, ""),
+    ("RuntimeError('[/gloo/gloo/transport/tcp/pair.cc:545] Connection reset by peer')", 1,
+     "error: another process of this run has ended, or cannot be reached\n"),
+    ("dit.torch.distributed.DistBackendError('NCCL: remote process exited')", 1,
+     "error: another process of this run has ended, or cannot be reached\n")])
 def test_one_of_several_processes_prints_and_is_gone(error, status, words):
     """Whatever would wait at Python's end for the others."""
     code = f"""
@@ -574,6 +578,7 @@ dit.run_command(main)
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                            timeout=300, env=os.environ | dict(WORLD_SIZE="2", RANK="1"))
     assert ended.returncode == status and words in ended.stderr
+    assert ("Traceback" in ended.stderr) == (error == "ZeroDivisionError")
 
 
 def test_steps_not_finite_are_no_part_of_a_mean():
