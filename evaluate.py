@@ -1109,9 +1109,9 @@ class GeneratedImages:
             yield torch.stack([images[i].to(self.accelerator.device) for i in numbers])
 
 
-def evaluate_model(model, diffusion, vae, reference, network, num_samples, accelerator, seed=0,
-                   label_mode="random", save_images=None, save_npz=None, metrics=None,
-                   batch_size=256, intervals=None, held=None, neighbours=None, progress=False,
+def evaluate_model(model, diffusion, vae, reference, network, num_samples, accelerator,
+                   metrics=None, seed=0, batch_size=256, label_mode="random", intervals=None,
+                   held=None, save_images=None, save_npz=None, neighbours=None, progress=False,
                    **sampling):
     """Generate num_samples images and compare them with a reference: a dict of metrics, settings.
 
