@@ -344,6 +344,8 @@ class Autoencoder:
                 raise hub_error(f"the VAE {source}", None, "give --vae a folder of diffusers")
             import diffusers  # takes seconds
 
+            # What it logs as an error is raised as well.
+            diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
             # The class is named by a file that may be anybody's: only known ones are looked up.
             config = diffusers.AutoencoderKL.load_config(source, local_files_only=offline)
             kind = config["_class_name"]
