@@ -1351,7 +1351,7 @@ def write_atomically(path, write):
     """
     # Only a file can be renamed to; anything else is written into.
     with writing(path):
-        if is_stdout(path) or (Path(path).exists() and not Path(path).is_file()):
+        if is_written_through(path):
             write_through(path, write)
         else:
             replace_file(Path(os.path.realpath(path)), write)
@@ -1370,6 +1370,11 @@ def writing(path, kind=RankLocalError):
             raise
         reason = "torch.save could not finish, is the disk full?"
         raise kind(f"cannot write {path}: {reason}") from error
+
+
+def is_written_through(path):
+    """Whether a path is a device, a pipe or our own stdout, which are not replaced by a file."""
+    return is_stdout(path) or (Path(path).exists() and not Path(path).is_file())
 
 
 def is_stdout(path):

@@ -55,7 +55,7 @@ from dit import (
     fingerprint,
     hub_error,
     is_rank_0,
-    is_stdout,
+    is_written_through,
     note,
     reach_hub,
     read_json,
@@ -2129,11 +2129,6 @@ def gather_rows(rows, total, accelerator):
     padded = torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])])
     gathered = accelerator.gather(padded).unflatten(0, (world, share))  # (world, share, ...)
     return gathered.transpose(0, 1).flatten(0, 1)[:total]
-
-
-def is_written_through(path):
-    """Whether a path is a device, a pipe or our own stdout, which are not replaced by a file."""
-    return is_stdout(path) or (path.exists() and not path.is_file())
 
 
 def cache_folder():
