@@ -1055,10 +1055,10 @@ def run_folder(args, data):
 
 
 def step_folders(folder):
-    """The folders checkpoints/0002000 ... of a run, oldest first; no others count."""
+    """The folders checkpoints/0002000 ... of a run, oldest first, or links to such; no others."""
     paths = (folder / "checkpoints").glob("*")
     return sorted(path for path in paths if re.fullmatch(STEP, path.name)
-                  and path.is_dir() and not path.is_symlink())
+                  and path.is_dir() and path.resolve().name == path.name)
 
 
 class Checkpoints:
@@ -1693,7 +1693,10 @@ def remove_folder(folder):
         hidden = folder.with_name(f".{folder.name}.old.tmp")
         shutil.rmtree(hidden, ignore_errors=True)
         os.replace(folder, hidden)
-        shutil.rmtree(hidden)
+        if hidden.is_symlink():  # to what was moved away, which stays
+            hidden.unlink()
+        else:
+            shutil.rmtree(hidden)
 
 
 def differences(old, new):
