@@ -414,6 +414,9 @@ HUB = {f"DiT-XL/2-{size}": f"facebook/DiT-XL-2-{size}" for size in (256, 512)}  
 HUB |= {repository: repository for repository in HUB.values()}
 
 
+STEP = r"\d{7,}"  # the name of a checkpoint's folder, as a regular expression
+
+
 def save_checkpoint(path, model, **metadata):
     """Write a model's weights, as they are, to a .safetensors file that says what they are.
 
@@ -449,11 +452,8 @@ def load_checkpoint(path_or_name, device="cpu"):
     if str(path_or_name) in HUB and not path.exists():
         path = download(str(path_or_name))
 
-    # Of a run's checkpoints the newest that can be read; everything else is one candidate. Copies
-    # that somebody put beside them under other names are not the run's.
-    found = path.glob("checkpoints/*")
-    steps = [folder for folder in found if re.fullmatch("[0-9]+", folder.name)]
-    candidates = sorted(steps, key=lambda folder: int(folder.name), reverse=True) or [path]
+    # Of a run's checkpoints the newest that can be read; everything else is one candidate.
+    candidates = step_folders(path)[::-1] or [path]
     for candidate in candidates:
         try:
             config, state_dict, metadata = read_weights(candidate)
@@ -470,6 +470,16 @@ def load_checkpoint(path_or_name, device="cpu"):
     load_weights(model, state_dict, candidate)
     model.metadata = metadata
     return model.to(device, torch.float32).eval()
+
+
+def step_folders(run):
+    """A run's checkpoints, the folders checkpoints/0002000 ... or links to such, the oldest first.
+
+    What somebody put beside them, a copy or a link of another name, is not the run's.
+    """
+    found = [path for path in Path(run).glob("checkpoints/*") if re.fullmatch(STEP, path.name)
+             and path.is_dir() and path.resolve().name == path.name]
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def check_finite(state_dict, source):

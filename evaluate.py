@@ -76,6 +76,7 @@ from sample_grid import (
     add_sampling_args,
     check_flags,
     in_batches,
+    in_plain_words,
     load_model,
     make_accelerator,
     sample_images,
@@ -121,7 +122,8 @@ def as_rows(least=2, **sets):
 
 
 def as_tensor(x):
-    return x if torch.is_tensor(x) else torch.from_numpy(np.array(x))
+    # Of the same memory where torch can take that.
+    return x if torch.is_tensor(x) else torch.from_numpy(np.require(x, requirements="CW"))
 
 
 def check_finite(name, x):
@@ -202,7 +204,7 @@ def compute_statistics(features):
 def sum_rows(rows):
     """The Statistics of rows (N, D)."""
     statistics = Statistics()
-    for part in rows.split(4096):
+    for part in rows.split(1024):
         statistics.add(part)
     return statistics
 
@@ -336,7 +338,7 @@ def about(x, centre):
     of x.y, is then not rounded to float32.
     """
     wide = centre.double()
-    shift = torch.cat([part.double() @ wide for part in x.split(4096)]) - wide.square().sum() / 2
+    shift = torch.cat([part.double() @ wide for part in x.split(1024)]) - wide.square().sum() / 2
     return x.to(centre.dtype) - centre, shift / len(centre) + 0.5
 
 
@@ -1154,7 +1156,9 @@ def evaluate_images(source, reference, network, accelerator, metrics=None, batch
     say_turned(samples)
     if neighbours and accelerator.is_main_process:
         draw_neighbours(*neighbours, reference, samples, source)
-    result = compare(reference, samples, network, metrics, intervals, held)
+    with ProgressBar(accelerator, "distances", len(metrics)) as bar:
+        advance = bar.advance if progress else None
+        result = compare(reference, samples, network, metrics, intervals, held, advance)
     return result | source.settings
 
 
@@ -1205,15 +1209,16 @@ def evaluate_autoencoder(vae, data, network, accelerator, batch_size=256, num_wo
                          features=network.name, image_size=size)
 
 
-def compare(reference, samples, network, metrics, intervals=False, held=None):
+def compare(reference, samples, network, metrics, intervals=False, held=None, on_metric=None):
     """The metrics of two Features, a flat dict with their settings; *_low, *_high: 95 % intervals.
 
     held: Features of real images held out of the reference, a yardstick for fdr and mem. Intervals
     are over the draw of the samples with the reference fixed, for recall and coverage the reverse;
     they do not contain the bias that few samples give FID. `warnings`: what makes the metrics
-    incomparable with the literature's, in words.
+    incomparable with the literature's, in words. on_metric is called after each of `metrics`.
     """
     result = {}
+    on_metric = on_metric or (lambda: None)
 
     # A metric and, if so asked, the ends of its interval: of its standard error, which takes time
     # to compute, or as of a proportion of so many images.
@@ -1233,15 +1238,18 @@ def compare(reference, samples, network, metrics, intervals=False, held=None):
         pools = (*reference.pool, *samples.pool)
         name = network.distance.lower()
         put(name, frechet_distance(*pools), frechet_error, samples.rows, *pools)
+        on_metric()
     if "fdr" in metrics:
         ratio, error = frechet_ratio(*reference.pool, samples.rows, held.rows)
         result["fdr"] = ratio
         if intervals:
             factor = math.exp(1.96 * error)
             result["fdr_low"], result["fdr_high"] = ratio / factor, ratio * factor
+        on_metric()
     if "sfid" in metrics:
         spatials = (*reference.spatial, *samples.spatial)
         put("sfid", frechet_distance(*spatials), frechet_error, samples.spatial_rows, *spatials)
+        on_metric()
 
     # The nearest reference image of each sample: is it of the class asked for, is it a copy?
     read = samples.read if knows_classes(network, samples.classes) else None
@@ -1252,17 +1260,20 @@ def compare(reference, samples, network, metrics, intervals=False, held=None):
             read = reference.labels.to(nearest[0].device)[nearest[0]]
         agreement = class_agreement(samples.labels.to(read.device), read)
         put_share("class_agreement", agreement, samples.count)
+        on_metric()
     if "mem" in metrics:
         put_share("memorization", memorization(reference.rows, samples.rows, nearest),
                   samples.count)
         if held:
             put_share("memorization_real", memorization(reference.rows, held.rows), held.count)
+        on_metric()
 
     # How sure the classifier is of each sample, and how different the samples are.
     if "is" in metrics:
         score, std = inception_score(samples.probs)
         put("inception_score", score, inception_error, samples.probs)
         result |= dict(inception_score_std=std, is_split_size=5000)
+        on_metric()
 
     # Shares of one set in the neighbourhoods of the other, from one pass over all pairs: each is a
     # proportion of its images.
@@ -1273,11 +1284,13 @@ def compare(reference, samples, network, metrics, intervals=False, held=None):
         put_share("precision", precision, samples.count)
         put_share("recall", recall, reference.count)
         result |= dict(pr_k=3)
+        on_metric()
     if "dc" in metrics:
         density, coverage = density_coverage(reference.rows, samples.rows, 5, near)
         put("density", density, density_error, near[5], 5)
         put_share("coverage", coverage, reference.count)
         result |= dict(dc_k=5)
+        on_metric()
 
     # The unbiased distance, which may be negative.
     if "kid" in metrics:
@@ -1286,6 +1299,7 @@ def compare(reference, samples, network, metrics, intervals=False, held=None):
         put("kid", kid, kernel_error, *sets, std, least=-math.inf)
         result |= dict(kid_std=std, kid_subsets=100, kid_seed=2020,
                        kid_subset_size=min(1000, samples.count, reference.count))
+        on_metric()
 
     return result | dict(
         features=network.name, reference=reference.name, num_samples=samples.count,
@@ -1553,6 +1567,12 @@ class ImageData(torch.utils.data.Dataset):
             raise InputError(f"--val-split {share} holds out {held.sum()} of {len(self)} images")
         return self.select(~held), self.select(held)
 
+    def spread(self, most):
+        """The same data, but at most so many of the images, evenly spread."""
+        if len(self) <= most:
+            return self
+        return self.select(np.linspace(0, len(self) - 1, most).astype(int))
+
     def without(self, rows):
         """The same data without these rows of the whole data set, say, those of broken images."""
         return self.select(~np.isin(self.rows, np.array(rows, dtype=np.int64)))
@@ -1591,8 +1611,7 @@ class ImageData(torch.utils.data.Dataset):
         The latter are of up to 1,000 images, evenly spread, so that it costs about a second.
         Neither the path's spelling nor crop and orientation are part of it.
         """
-        spread = np.linspace(0, len(self) - 1, min(len(self), 1000)).astype(int)
-        sample = [beginning(self.images[int(row)]) for row in self.rows[spread]]
+        sample = [beginning(self.images[int(row)]) for row in self.spread(1000).rows]
         names = b"\0".join(self.images.names) if isinstance(self.images, FileList) else b""
         arrays = [torch.from_numpy(array.astype(np.int64)) for array in (self.rows, self.labels)]
         return fingerprint(*arrays, self.class_names, names, sample)
@@ -1700,8 +1719,8 @@ def load_folder(
 
     # Metadata files count before class folders, as they do for Hugging Face's imagefolder.
     if metadata:
-        files, labels, classes, note = read_metadata(path, metadata, above, files, label_column)
-        notes.insert(0, note)
+        files, labels, classes, text = read_metadata(path, metadata, above, files, label_column)
+        notes.insert(0, text)
     elif label_column:
         raise InputError(f"--label-column {label_column}: {printable(path)} has no metadata file")
     else:
@@ -2370,8 +2389,9 @@ class ReferenceCache:
         self.folder = cache_folder() / "references"
         self.path = self.folder / f"{fingerprint(*content, network.name)[:32]}.npz"
 
-    def load(self):
-        """The arrays of the file; {} if it is damaged or not there."""
+    @functools.cached_property
+    def stored(self):
+        """The arrays that the file had at first; {} if it is damaged or not there."""
         try:
             if self.path.is_file():
                 return read_arrays(self.path)
@@ -2381,7 +2401,7 @@ class ReferenceCache:
 
     def read(self, wanted):
         """The Features `wanted`, or None if they are not there on every process."""
-        arrays = self.load()
+        arrays = self.stored
         home = float64_device(self.accelerator)
         found = {}
         for kind in wanted:
@@ -2405,7 +2425,7 @@ class ReferenceCache:
         if not self.accelerator.is_main_process:
             return
         # Features that do not fit are not worth losing all others.
-        arrays = self.load() | named_arrays(features)
+        arrays = self.stored | named_arrays(features)
         if sum(array.nbytes for array in arrays.values()) > CACHE_BYTES:
             note(f"the features of {features.name} are too large to be kept")
             return
@@ -2577,8 +2597,7 @@ def print_metrics(metrics, title="Evaluation"):
         value = run.get(name)
         if isinstance(value, list):
             return "  ".join(f"{number:.4g}" for number in value)
-        text = f"{value:.4f}" if isinstance(value, float) else str(value)
-        text = {"True": "on", "False": "off", "None": "none"}.get(text, text)
+        text = f"{value:.4f}" if isinstance(value, float) else in_plain_words(value)
         if f"{name}_low" in run:
             text += f"  ({run[f'{name}_low']:.4f} to {run[f'{name}_high']:.4f})"
         return text
@@ -2876,7 +2895,7 @@ def list_suffixes(others):
 def read_metadata(path, metadata, prefix, files, label_column):
     """The images that the metadata files in path name, of files, which lie in path/prefix.
 
-    Returns (files, labels, class names or [], note), in the order of the metadata's rows.
+    Returns (files, labels, class names or [], what was read), in the order of the metadata's rows.
     """
     import pyarrow
 
@@ -2915,13 +2934,13 @@ def read_metadata(path, metadata, prefix, files, label_column):
     column = choose_column(columns, label_column, LABEL_COLUMNS, [], path, "--label-column")
     labels = np.zeros(len(kept), dtype=np.int64)
     names = []
-    note = f"columns {', '.join(columns)}"
+    text = f"columns {', '.join(columns)}"
     if column:
         labels, names = class_labels(table[column], column)
-        note = f"labels by {column}"
+        text = f"labels by {column}"
     if unnamed := len(files) - len(set(rows)):
-        note += f"; left out: {unnamed} images that it does not name"
-    return FileList(files.root, files.names[rows]), labels, names, f"{metadata[0]}: {note}"
+        text += f"; left out: {unnamed} images that it does not name"
+    return FileList(files.root, files.names[rows]), labels, names, f"{metadata[0]}: {text}"
 
 
 def read_list(file):

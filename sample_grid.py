@@ -651,6 +651,11 @@ class Flag:
             raise InputError(f"{self.name} {value} must be {bound}{both}")
 
 
+def in_plain_words(value):
+    """A flag's value as a person writes it: on, off and none in place of Python's names."""
+    return {"True": "on", "False": "off", "None": "none"}.get(str(value), str(value))
+
+
 def check_flags(args, flags):
     """InputError when a value in args is none that its row allows."""
     for flag in flags:

@@ -57,6 +57,7 @@ from torch.nn.utils import get_total_norm
 
 import dit
 from dit import (
+    STEP,
     InputError,
     RankLocalError,
     fingerprint,
@@ -64,6 +65,7 @@ from dit import (
     note,
     read_json,
     save_checkpoint,
+    step_folders,
     write_json,
     writing,
 )
@@ -96,6 +98,7 @@ from sample_grid import (
     default_labels,
     describe_device,
     in_batches,
+    in_plain_words,
     make_accelerator,
     sampling_settings,
     save_grid,
@@ -244,7 +247,7 @@ def spoken(value):
         return f"a run's steps / {value.times}, at most {value.most}"
     if isinstance(value, UpTo):
         return f"up to {value.most}, what costs no more than the training before"
-    return {"True": "on", "False": "off", "None": "none"}.get(str(value), str(value))
+    return in_plain_words(value)
 
 
 def number_or_auto(text):
@@ -254,6 +257,7 @@ def number_or_auto(text):
 ANY, FROM_0, FROM_1, SHARE = None, (0, math.inf), (1, math.inf), (0, 1)
 SIZE, NETWORK, VAE = ByData(8, 256), ByData("DiT-Ti/2", "DiT-XL/2"), ByData("none", "ema")
 HELD = ByData("0.1", "0")
+STEPS = ByData(1000, 600)  # a step of 28-px pictures takes ten times as long as one of digits
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 OWN_CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 WORKERS = ByData(0, min(4, OWN_CORES))  # digits are in memory
@@ -301,7 +305,7 @@ SETTINGS = {
                 "images a step, over all processes"),
         Setting("--epochs",                      1400,        None,       FROM_1,  "free",
                 "passes over the data"),
-        Setting("--max-steps",                   None,        1000,       FROM_1,  "free",
+        Setting("--max-steps",                   None,        STEPS,      FROM_1,  "free",
                 "steps; with --epochs, what ends first"),
         Setting("--lr",                          1e-4,        4e-3,       FROM_0,  "asked",
                 "AdamW's learning rate"),
@@ -760,7 +764,7 @@ def validation_loss(args, held, ema, vae, diffusion, accelerator):
     the processes share the images. Training's own loss has the same meaning where its times are
     uniform, but labels are never hidden here.
     """
-    images = spread(held, VALIDATED)
+    images = held.spread(VALIDATED)
     shape = BANDS, ema.in_channels, ema.input_size, ema.input_size
 
     def losses(numbers):
@@ -789,13 +793,6 @@ def validation_loss(args, held, ema, vae, diffusion, accelerator):
     rows = torch.cat([part for _, part in in_batches(losses, mine, 32)])
     bands = gather_rows(rows, len(images), accelerator).cpu().double().mean(0)
     return dict(val_loss=float(bands.mean()), val_loss_bands=bands.tolist())
-
-
-def spread(images, most):
-    """At most so many of ImageData, evenly spread."""
-    if len(images) <= most:
-        return images
-    return images.select(np.linspace(0, len(images) - 1, most).astype(int))
 
 
 # -------------------------------------------------------------------------------------- randomness
@@ -1052,13 +1049,6 @@ def run_folder(args, data):
     with writing(folder, InputError), contextlib.suppress(FileNotFoundError):
         folder.stat()
     return folder
-
-
-def step_folders(folder):
-    """The folders checkpoints/0002000 ... of a run, oldest first, or links to such; no others."""
-    paths = (folder / "checkpoints").glob("*")
-    return sorted(path for path in paths if re.fullmatch(STEP, path.name)
-                  and path.is_dir() and path.resolve().name == path.name)
 
 
 class Checkpoints:
@@ -1509,7 +1499,7 @@ class Previews:
     def compared(self):
         """The images to compare with: all, but a laptop's so many as take it about a minute."""
         few = recipe(self.args) == "laptop" and self.args.eval_samples
-        return spread(self.data, 10 * self.args.eval_samples) if few else self.data
+        return self.data.spread(10 * self.args.eval_samples) if few else self.data
 
     def picture(self, step):
         return self.log.folder / "samples" / f"{step:07d}.png"
@@ -1552,7 +1542,7 @@ class Previews:
             self.reference = reference_features(
                 self.compared, self.features, self.accelerator, self.metrics, **reading)
             if self.held:  # as many as the samples that they are compared with
-                held = spread(self.held, self.args.eval_samples)
+                held = self.held.spread(self.args.eval_samples)
                 self.held_out = reference_features(
                     held, self.features, self.accelerator, ("kid",), **reading)
         return evaluate_model(
@@ -1665,7 +1655,6 @@ class StopSignals:
 
 # The names of checkpoints, and of what a killed process leaves in the folders that it made: nothing
 # else there is ever removed. Folders end in a slash; `pid` is who wrote in a shared folder.
-STEP = r"\d{7,}"
 PARTIAL = r"\.\d{1,9}\.tmp\.\w+"
 RUN_LEFTOVERS = rf"\.(config\.json|metrics\.jsonl|best\.safetensors){PARTIAL}|\.tmp[0-9A-Za-z]{{6}}"
 SAMPLE_LEFTOVERS = rf"\.{STEP}\.png{PARTIAL}"

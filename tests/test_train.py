@@ -660,10 +660,10 @@ def filled(*flags):
 
 
 @pytest.mark.parametrize(("flags", "expected"), [
-    ([], dict(model="DiT-Ti/2", image_size=8, vae="none", lr=4e-3, ema_decay=0.995)),
+    ([], dict(model="DiT-Ti/2", image_size=8, vae="none", lr=4e-3, max_steps=1000)),
     (["--data-path", "x"], dict(model="DiT-XL/2", image_size=256, vae="ema", lr=1e-4, epochs=1400)),
     (["--data-path", "x", "--model", "DiT-Ti/2"],
-     dict(image_size=256, vae="ema", lr=4e-3, max_steps=1000, epochs=None, grad_clip=1.0)),
+     dict(image_size=256, vae="ema", lr=4e-3, max_steps=600, epochs=None, grad_clip=1.0)),
     (["--model", "DiT-S/8"], dict(image_size=8, vae="none", lr=1e-4, global_batch_size=256)),
     (["--objective", "flow"], dict(time_sampling="logit-normal")),
     (["--max-steps", 5, "--model", "DiT-B/2"], dict(epochs=None, max_steps=5)),
