@@ -414,9 +414,6 @@ HUB = {f"DiT-XL/2-{size}": f"facebook/DiT-XL-2-{size}" for size in (256, 512)}  
 HUB |= {repository: repository for repository in HUB.values()}
 
 
-STEP = r"\d{7,}"  # the name of a checkpoint's folder, as a regular expression
-
-
 def save_checkpoint(path, model, **metadata):
     """Write a model's weights, as they are, to a .safetensors file that says what they are.
 
@@ -477,7 +474,7 @@ def step_folders(run):
 
     What somebody put beside them, a copy or a link of another name, is not the run's.
     """
-    found = [path for path in Path(run).glob("checkpoints/*") if re.fullmatch(STEP, path.name)
+    found = [path for path in Path(run).glob("checkpoints/*") if re.fullmatch("[0-9]+", path.name)
              and path.is_dir() and path.resolve().name == path.name]
     return sorted(found, key=lambda path: int(path.name))
 

@@ -57,7 +57,6 @@ from torch.nn.utils import get_total_norm
 
 import dit
 from dit import (
-    STEP,
     InputError,
     RankLocalError,
     fingerprint,
@@ -1109,7 +1108,9 @@ class Checkpoints:
                 remove_folder(final)
                 os.replace(new, final)
                 dit.sync_folder(final.parent)
-                for old in step_folders(self.folder)[: -self.keep]:
+                # A copy of another name, such as 2000, is somebody's own.
+                own = [old for old in step_folders(self.folder) if re.fullmatch(STEP, old.name)]
+                for old in own[: -self.keep]:
                     remove_folder(old)
         except InputError as error:
             shutil.rmtree(new, ignore_errors=True)
@@ -1655,6 +1656,7 @@ class StopSignals:
 
 # The names of checkpoints, and of what a killed process leaves in the folders that it made: nothing
 # else there is ever removed. Folders end in a slash; `pid` is who wrote in a shared folder.
+STEP = r"\d{7,}"  # the name of a checkpoint's folder
 PARTIAL = r"\.\d{1,9}\.tmp\.\w+"
 RUN_LEFTOVERS = rf"\.(config\.json|metrics\.jsonl|best\.safetensors){PARTIAL}|\.tmp[0-9A-Za-z]{{6}}"
 SAMPLE_LEFTOVERS = rf"\.{STEP}\.png{PARTIAL}"
