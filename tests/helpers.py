@@ -1,5 +1,6 @@
 """What several test files use: commands, forks, small networks, pictures, damage."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -106,6 +107,13 @@ def fork_two(work):
 def wait(*pids):
     """The exit statuses of forks: negative signal numbers for killed ones."""
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def end_workers():
+    """Kill a loader's workers that an error has left: torch would wait seconds for each."""
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
 
 
 def wait_or_kill(pid, seconds):

@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import end_workers
 from PIL import Image, ImageOps
 
 import evaluate
@@ -201,6 +202,7 @@ def test_a_broken_image_comes_out_of_a_worker_in_one_line(tmp_path):
         next(iter(torch.utils.data.DataLoader(load_folder(tmp_path), num_workers=1)))
     assert str(raised.value).startswith("cannot read image") and "bad.png" in str(raised.value)
     assert "\n" not in str(raised.value)
+    end_workers()
 
 
 def golden_image(name, width, height, seed=130):

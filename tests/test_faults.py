@@ -247,7 +247,7 @@ def test_caching_on_a_full_disk(data, vae_folder, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(("flags", "name"), [
     ("--json out/a.json", "a.json"), ("--save-npz out/a.npz", "a.npz"),
     ("--save-images out/images", "000005.png"), ("--save-images out/images", "settings.json"),
-    ("--ckpt RUN RUN --plot out/a.png", "a.png")])
+    ("--ckpt RUN RUN --metrics fid --plot out/a.png", "a.png")])
 def test_evaluating_on_a_full_disk(trained, data, flags, name, tmp_path, capsys):
     old = tmp_path / "out" / "a.json"
     old.parent.mkdir()

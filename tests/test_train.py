@@ -27,6 +27,7 @@ from helpers import (
     TIMINGS,
     Pixels,
     damage,
+    end_workers,
     fork,
     fork_two,
     pictures,
@@ -948,6 +949,7 @@ def test_a_cache_of_something_else_or_damaged_is_refused(tmp_path, shelf, small_
         words = "^[^\n]*moments-00002.safetensors is damaged: delete it[^\n]*$"
         with pytest.raises(InputError, match=words):
             cached(tmp_path, shelf, "--max-steps", 9, "--num-workers", workers)
+        end_workers()
     shard.unlink()
     shard.write_bytes(data[:-5])
     with pytest.raises(InputError, match="moments-00002.safetensors is damaged"):
