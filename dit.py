@@ -612,7 +612,7 @@ def parse_args(argv=None):
     add = commands.add_parser("convert", help="write weights in another layout").add_argument
     add("source", help="a run's folder, .safetensors, official .pt, diffusers folder or known name")
     add("destination", help="NAME.safetensors (ours), NAME.pt (official) or a folder (diffusers)")
-    add("--objective", choices=("ddpm", "flow", "sit"),
+    add("--objective", choices=("ddpm", "flow", "sit", "jit"),
         help="what the network was trained to predict, where its file does not say so: sit for "
              "SiT's own weights")
     add("--push", metavar="OWNER/NAME",
@@ -1016,7 +1016,8 @@ def pipeline_vae(model):
 
     objective = model.metadata.get("objective", "ddpm")
     if objective != "ddpm":
-        raise InputError(f"its objective {objective} predicts image - noise, and the schedulers of "
+        predicted = "the image" if objective == "jit" else "image - noise"
+        raise InputError(f"its objective {objective} predicts {predicted}, and the schedulers of "
                          "diffusers want noise - image")
     # Meta's weights alone take latents and do not say whose.
     name = model.metadata.get("vae") or ("mse" if model.in_channels == 4 else "none")

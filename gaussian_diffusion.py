@@ -13,6 +13,8 @@ GaussianDiffusion is DDPM (Ho et al., 2020) with the learned variance of IDDPM (
     predicted x_0   x_t / sqrt(abar_t) - sigma_t eps_theta      x_t + (1 - t) velocity_theta
     a step          draw x_{t-1} from p(x_{t-1} | x_t)          x_t + dt velocity_theta
 
+The objective jit is flow matching whose network predicts x_0, from which the velocity follows.
+
 With alpha_t = 1 - beta_t and abar_t = alpha_1 ... alpha_t, diffusion's p is q at the predicted x_0:
 
     q(x_{t-1} | x_t, x_0)   mean = sqrt(abar_{t-1}) beta_t / (1 - abar_t) x_0
@@ -274,23 +276,30 @@ class FlowMatching:
     code. `model` is a callable model(x, time, **model_kwargs) that returns the predicted velocity
     (N, C, H, W), or (N, 2C, H, W) with a second half to ignore. Its time is t with network_time
     "sit", for SiT's weights, and 1000 (1 - t) with "ddpm", so that DDPM's can be fine-tuned.
-    time_sampling, "uniform" or "logit-normal": see draw_times.
+    time_sampling, "uniform" or "logit-normal": see draw_times. predicts: "velocity", or "data",
+    with which the model returns x_0 in its place, as in JiT (Li & He, 2025).
     """
 
     samplers = ("euler", "heun", "sde")
     loss_names = ("loss", "mse")
 
-    def __init__(self, num_timesteps, network_time="ddpm", time_sampling="uniform"):
+    def __init__(self, num_timesteps, network_time="ddpm", time_sampling="uniform",
+                 predicts="velocity"):
         if num_timesteps < 1:
             raise ValueError(f"cannot take {num_timesteps} steps: choose 1 or more")
         if network_time not in ("ddpm", "sit"):
             raise ValueError(f"unknown network_time {network_time!r}: use ddpm or sit")
         if time_sampling not in ("uniform", "logit-normal"):
             raise ValueError(f"unknown time_sampling {time_sampling!r}: use uniform, logit-normal")
+        if predicts not in ("velocity", "data"):
+            raise ValueError(f"cannot predict {predicts!r}: use velocity or data")
         self.num_timesteps = num_timesteps
         self.network_time = network_time
         self.time_sampling = time_sampling
+        self.predicts = predicts
         self.objective = "flow" if network_time == "ddpm" else "sit"
+        if predicts == "data":
+            self.objective = "jit"
 
     # ---------------------------------------------------------------------- forward: data to noise
 
@@ -400,7 +409,11 @@ class FlowMatching:
         channels = x.shape[1]
         if output.shape[1] not in (channels, 2 * channels):
             raise ValueError(f"model gave {output.shape[1]} channels, not {channels} or twice that")
-        return output[:, :channels]
+        output = output[:, :channels]
+        if self.predicts == "velocity":
+            return output
+        # x_0 = x + (1 - t) velocity; as in JiT its errors grow no more than twentyfold near t = 1.
+        return (output - x) / (1 - t).clamp(min=0.05)[:, None, None, None]
 
     def _velocity_at(self, t, model, x, clip_denoised, model_kwargs):
         """The velocity and the predicted x_0 of the whole batch at one t, a number."""
@@ -426,7 +439,7 @@ class FlowMatching:
 # -------------------------------------------------------------------------- choosing a process
 
 
-OBJECTIVES = ("ddpm", "flow", "sit")
+OBJECTIVES = ("ddpm", "flow", "sit", "jit")
 
 
 def create_process(objective="ddpm", sampler=None, num_sampling_steps=None, learn_sigma=True,
@@ -434,14 +447,15 @@ def create_process(objective="ddpm", sampler=None, num_sampling_steps=None, lear
     """The process of an objective: to train with or, given both, to sample with in so many steps.
 
     "ddpm" is the official DiT's; "flow" and "sit" are FlowMatching with the network time "ddpm" and
-    "sit". learn_sigma says what ddpm's network predicts; time_sampling how the others are trained.
+    "sit", "jit" is "flow" whose network predicts the data. learn_sigma says what ddpm's network
+    predicts; time_sampling how the others are trained.
     Raises ValueError for an objective, sampler, number or time_sampling that there is not.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
     if objective == "ddpm":
         if time_sampling != "uniform":
-            raise ValueError(f"time_sampling {time_sampling!r} is for flow and sit alone")
+            raise ValueError(f"time_sampling {time_sampling!r} is for flow, sit and jit alone")
         # Training uses all 1000 steps; dpm++ needs a spacing of its own: see space_timesteps.
         respacing = "" if num_sampling_steps is None else str(num_sampling_steps)
         if sampler == "dpm++" and respacing:
@@ -450,8 +464,9 @@ def create_process(objective="ddpm", sampler=None, num_sampling_steps=None, lear
     else:
         # Training draws from all of [0, 1], whatever the number of steps.
         steps = 1 if num_sampling_steps is None else num_sampling_steps
-        network_time = "ddpm" if objective == "flow" else "sit"
-        process = FlowMatching(steps, network_time, time_sampling)
+        network_time = "sit" if objective == "sit" else "ddpm"
+        predicts = "data" if objective == "jit" else "velocity"
+        process = FlowMatching(steps, network_time, time_sampling, predicts)
     if sampler is not None:
         check_sampler(process, sampler)
     return process

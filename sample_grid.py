@@ -685,7 +685,7 @@ COUNT = (1, math.inf)  # the bounds of what is counted
 SEED = (0, 2**62)  # below torch's largest, as each image adds its number
 SAMPLING_FLAGS = [  # shared by all three command lines
     Flag("--sampler", f"how to walk from noise to image; {', '.join(FlowMatching.samplers)} are "
-         "for --objective flow and sit", shown="the weights' suggestion, else ddpm or euler",
+         "for --objective flow, sit and jit", shown="the weights' suggestion, else ddpm or euler",
          choices=(*GaussianDiffusion.samplers, *FlowMatching.samplers)),
     Flag("--num-sampling-steps", "steps of the sampler", shown="the weights' suggestion, else 250",
          bounds=(1, 1000), type=int),

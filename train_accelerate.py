@@ -12,7 +12,7 @@ the network f of dit.py:
 
     x_0 = latents(x),  eps ~ normal       functions of (seed, step, index in the global batch), as t
 
-    --objective ddpm (the paper)          flow, sit (SiT)
+    --objective ddpm (the paper)          flow, sit (SiT), jit (f predicts x_0)
     t    ~ uniform steps                  logit-normal in [0, 1], or uniform
     x_t  = q_sample(x_0, t, eps)          t x_0 + (1 - t) eps
     loss = |eps - f(x_t, t, y)|^2 + L_vb  |x_0 - eps - f(x_t, t, y)|^2
@@ -295,10 +295,11 @@ SETTINGS = {
     "how": [
         Setting("--objective",                   "ddpm",      "ddpm",     ANY,     "fixed",
                 "what the network learns: ddpm the noise, as in the paper; flow the velocity of "
-                "straight paths; sit the same with the time as SiT's weights take it",
+                "straight paths; sit the same with the time as SiT's weights take it; jit the "
+                "image at the end of these paths, by the same loss",
                 choices=OBJECTIVES),
         Setting("--time-sampling",               None,        None,       ANY,     "fixed",
-                "times that flow and sit train at, of which logit-normal favours the middle",
+                "times that flow, sit and jit train at; logit-normal favours the middle",
                 choices=("uniform", "logit-normal"), shown="logit-normal"),
         Setting("--global-batch-size",           256,         128,        FROM_1,  "asked",
                 "images a step, over all processes"),
@@ -363,7 +364,8 @@ ROWS = list(itertools.chain.from_iterable(SETTINGS.values()))
 EVAL_SAMPLES = next(row for row in ROWS if row.name == "--eval-samples")
 
 # Previews and scores while training: good pictures for little time.
-PREVIEW_SCALE, QUICK_STEPS, QUICK_SAMPLERS = 1.5, 20, dict(ddpm="dpm++", flow="euler", sit="euler")
+PREVIEW_SCALE, QUICK_STEPS = 1.5, 20
+QUICK_SAMPLERS = dict.fromkeys(OBJECTIVES, "euler") | dict(ddpm="dpm++")
 # Validation: held-out images at most, and times of each, one in each fifth of the process.
 VALIDATED, BANDS = 200, 5
 
@@ -413,8 +415,8 @@ def fill_preset(args):
 
     # An option that would do nothing is an error.
     if args.objective == "ddpm" and args.time_sampling:
-        raise InputError(f"--time-sampling {args.time_sampling} is for --objective flow and sit: "
-                         "ddpm's times are uniform")
+        raise InputError(f"--time-sampling {args.time_sampling} is for --objective flow, sit and "
+                         "jit: ddpm's times are uniform")
     if args.latent_cache and args.vae == "none":
         raise InputError("--latent-cache does nothing with --vae none: pixels need no encoding")
     if args.tracker not in ("none", *map(str, get_available_trackers())):

@@ -154,7 +154,7 @@ BAD_INPUT = [  # the script, its flags, and words of the message
 
     # Flags that would do nothing.
     (train_accelerate, "--time-sampling uniform",
-     "--time-sampling uniform is for --objective flow and sit"),
+     "--time-sampling uniform is for --objective flow, sit and jit"),
     (sample_grid, "--ckpt run --eta 0.5", "ddim alone"),
     (sample_grid, "--ckpt run --cfg-channels 1 --cfg-scale 1", "does nothing at --cfg-scale 1"),
     (sample_grid, "--ckpt run --guidance-interval 0.3,5 --cfg-scale 1",

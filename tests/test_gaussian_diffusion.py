@@ -552,6 +552,31 @@ def gaussian_velocity(std):
     return model
 
 
+def test_a_network_that_predicts_the_data_is_one_of_the_velocity():
+    """Its loss and its samples are those of (x_0 - x) / (1 - t), the velocity that it means."""
+    x_start, noise = torch.rand(4, 2, 4, 4) * 2 - 1, torch.randn(4, 2, 4, 4)
+    share = lambda time: time[:, None, None, None] / 1000  # 1 - t
+    guess = lambda x, time: (0.3 * x + share(time)).tanh()
+    slope = lambda x, time: (guess(x, time) - x) / share(time).clamp(min=0.05)
+    data, velocity = create_process("jit", "euler", 7), create_process("flow", "euler", 7)
+    t = torch.tensor([0.0, 0.3, 0.9, 0.99])
+    losses = [process.training_losses(model, x_start, t, noise=noise)
+              for process, model in ((data, guess), (velocity, slope))]
+    torch.testing.assert_close(losses[0]["mse"], losses[1]["mse"])
+    error = (guess(data.q_sample(x_start, t, noise), 1000 * (1 - t)) - x_start).square()
+    weight = 1 / (1 - t) ** 2  # where t is 0.95 or less
+    expected = weight * error.flatten(1).mean(1)
+    torch.testing.assert_close(losses[0]["loss"][:3], expected[:3])
+    for sampler in data.samplers:
+        draw = lambda i, x: torch.ones_like(x)
+        samples = [process.sample(sampler, model, noise, step_noise=draw)
+                   for process, model in ((data, guess), (velocity, slope))]
+        torch.testing.assert_close(*samples)
+    # A perfect guess leads there, whatever the noise.
+    got = data.sample("euler", lambda x, time: x_start, noise)
+    torch.testing.assert_close(got, x_start, atol=1e-5, rtol=0)
+
+
 def test_a_perfect_velocity_gives_the_data_in_one_step():
     x_start, noise = torch.rand(3, 2, 4, 4) * 2 - 1, torch.randn(3, 2, 4, 4)
     velocity = lambda x, time: x_start - noise
@@ -740,7 +765,7 @@ def test_create_process_follows_the_objective():
     (dict(objective="ddpm", sampler="ddpm", num_sampling_steps=1001), "1 to 1000"),
     (dict(objective="ddpm", sampler="dpm++", num_sampling_steps=0), "keep 0"),
     (dict(objective="flow", sampler="euler", num_sampling_steps=0), "cannot take 0 steps"),
-    (dict(objective="ddpm", time_sampling="logit-normal"), "flow and sit alone")])
+    (dict(objective="ddpm", time_sampling="logit-normal"), "flow, sit and jit alone")])
 def test_create_process_refuses_in_words(arguments, words):
     with pytest.raises(ValueError, match=words):
         create_process(**arguments)
