@@ -1106,6 +1106,7 @@ def write_card(folder, model, source, in_diffusers):
             ends = [metrics[end] for end in (f"{name}_low", f"{name}_high") if end in metrics]
             interval = " to ".join(f"{end:.4g}" for end in ends)
             rows.append(f"| {name} | {shown} | {interval} |")
+    rows = rows or [f"| none yet: `evaluate.py --ckpt {folder.name}` | | |"]
     stored = dict(model=model.config, metadata=model.metadata, settings=settings)
     text = CARD.format(
         name=folder.name, in_diffusers=in_diffusers, flags="".join(flags), rows="\n".join(rows),
