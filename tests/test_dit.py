@@ -290,6 +290,9 @@ def test_timesteps_are_embedded_in_float32_under_autocast(tiny):
     angles = torch.tensor([[998.0], [999.0]], dtype=torch.float64) * frequencies
     assert seen[0].dtype == torch.float32
     assert (seen[0] - torch.cat([angles.cos(), angles.sin()], 1)).abs().max() < 1e-4
+    # So it is with weights in bfloat16, which take what comes out.
+    tiny.bfloat16().t_embedder(torch.tensor([998, 999]))
+    assert (seen[1] - torch.cat([angles.cos(), angles.sin()], 1)).abs().max() < 1e-2
 
 
 # ------------------------------------------------------------------------ weights in and out
