@@ -1,5 +1,6 @@
 """Feature networks against eager copies, sets and references, the command line."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -502,6 +503,24 @@ def test_mixed_sizes_are_for_clean_only(standin, tmp_path):
     with pytest.raises(InputError, match="10 x 8"):
         cli(*args)
     assert cli(*args, "--resize", "clean", out=tmp_path / "a.json")["num_samples"] == 9
+
+
+def test_every_phase_has_a_bar_that_ends(checkpoint, standin, forty, monkeypatch):
+    bars = {}
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, accelerator, text, total):
+            super().__init__(self)
+            self.text, bars[text] = text, [0, total]
+
+        def advance(self, count=1):
+            bars[self.text][0] += count
+
+    monkeypatch.setattr(evaluate, "ProgressBar", Bar)
+    cli("--ckpt", checkpoint, "--features", standin, "--ref", forty, "--num-fid-samples", 8,
+        "--per-proc-batch-size", 3, "--val-split", 0.3)
+    held = bars[Path(forty).name][0]
+    assert bars == {Path(forty).name: [held, held], "samples": [8, 8], "distances": [8, 8]}
 
 
 def test_several_checkpoints_are_compared(checkpoint, standin, forty, tmp_path, capsys):
