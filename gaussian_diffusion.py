@@ -328,7 +328,8 @@ class FlowMatching:
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
         velocity = self._network(model, x_t, t, model_kwargs)
-        mse = (x_start - noise - velocity).square().flatten(1).mean(1)
+        target = x_start - noise if self.predicts == "velocity" else slope(x_t, x_start, t)
+        mse = (target - velocity).square().flatten(1).mean(1)
         return dict(loss=mse, mse=mse)
 
     # -------------------------------------------------------------------- samplers: noise to data
@@ -410,10 +411,7 @@ class FlowMatching:
         if output.shape[1] not in (channels, 2 * channels):
             raise ValueError(f"model gave {output.shape[1]} channels, not {channels} or twice that")
         output = output[:, :channels]
-        if self.predicts == "velocity":
-            return output
-        # x_0 = x + (1 - t) velocity; as in JiT its errors grow no more than twentyfold near t = 1.
-        return (output - x) / (1 - t).clamp(min=0.05)[:, None, None, None]
+        return output if self.predicts == "velocity" else slope(x, output, t)
 
     def _velocity_at(self, t, model, x, clip_denoised, model_kwargs):
         """The velocity and the predicted x_0 of the whole batch at one t, a number."""
@@ -579,6 +577,14 @@ def check_sampler(process, sampler):
     if sampler not in process.samplers:
         raise ValueError(f"the objective {process.objective} has no sampler {sampler!r}: "
                          f"use one of {', '.join(process.samplers)}")
+
+
+def slope(x, x_start, t):
+    """The velocity that leads from x at t (N,) to x_start at 1, too small from t = 0.95 on.
+
+    There it would be up to infinite, and so would an error of x_start in it (JiT).
+    """
+    return (x_start - x) / (1 - t).clamp(min=0.05)[:, None, None, None]
 
 
 def fresh_noise(i, x):
