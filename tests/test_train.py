@@ -781,6 +781,20 @@ def test_only_names_of_its_own_are_removed_from_a_run(tmp_path, whole_run, capfd
                 and path.parent.exists()]
 
 
+def test_a_checkpoint_that_was_moved_and_linked_back_is_resumed_from(tmp_path, whole_run):
+    """Rotation takes the link, and not what it leads to."""
+    run, moved = tmp_path / "run", tmp_path / "disk" / "0000006"
+    shutil.copytree(whole_run, run)
+    shutil.move(run / "checkpoints" / "0000006", moved)
+    (run / "checkpoints" / "0000006").symlink_to(moved)
+    theirs = {path: path.read_bytes() for path in moved.iterdir()}
+    train(tmp_path, "--max-steps", 7, "--keep-checkpoints", 2)
+    assert lines(run)[-1]["step"] == 7 and checkpoints(run) == ["0000006", "0000007"]
+    train(tmp_path, "--max-steps", 8, "--keep-checkpoints", 1)
+    assert checkpoints(run) == ["0000008"]
+    assert {path: path.read_bytes() for path in moved.iterdir()} == theirs
+
+
 # -------------------------------------------------------------------------------------- fine-tuning
 
 
