@@ -469,12 +469,13 @@ def load_checkpoint(path_or_name, device="cpu"):
     return model.to(device, torch.float32).eval()
 
 
-def step_folders(run):
+def step_folders(run, name="[0-9]+"):
     """A run's checkpoints, the folders checkpoints/0002000 ... or links to such, the oldest first.
 
-    What somebody put beside them, a copy or a link of another name, is not the run's.
+    name: a regular expression of theirs. What somebody put beside them, a copy or a link of another
+    name, is not the run's.
     """
-    found = [path for path in Path(run).glob("checkpoints/*") if re.fullmatch("[0-9]+", path.name)
+    found = [path for path in Path(run).glob("checkpoints/*") if re.fullmatch(name, path.name)
              and path.is_dir() and path.resolve().name == path.name]
     return sorted(found, key=lambda path: int(path.name))
 

@@ -1156,7 +1156,9 @@ def evaluate_images(source, reference, network, accelerator, metrics=None, batch
     say_turned(samples)
     if neighbours and accelerator.is_main_process:
         draw_neighbours(*neighbours, reference, samples, source)
-    with ProgressBar(accelerator, "distances", len(metrics)) as bar:
+    count = len(metrics)
+    bar = ProgressBar(accelerator, "distances", count) if progress else contextlib.nullcontext()
+    with bar:
         advance = bar.advance if progress else None
         result = compare(reference, samples, network, metrics, intervals, held, advance)
     return result | source.settings

@@ -446,8 +446,8 @@ def create_process(objective="ddpm", sampler=None, num_sampling_steps=None, lear
 
     "ddpm" is the official DiT's; "flow" and "sit" are FlowMatching with the network time "ddpm" and
     "sit", "jit" is "flow" whose network predicts the data. learn_sigma says what ddpm's network
-    predicts; time_sampling how the others are trained.
-    Raises ValueError for an objective, sampler, number or time_sampling that there is not.
+    predicts; time_sampling how the others are trained. Raises ValueError for an objective, sampler,
+    number or time_sampling that there is not.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}: use one of {', '.join(OBJECTIVES)}")

@@ -797,7 +797,7 @@ def swept_values(args, sweepable):
                              "values, such as cfg_scale=1,1.5,4") from None
         flags[name].check(row)
         rows[text] = row
-    # The flag itself would be varied away.
+    # A value beside the swept ones would never be used.
     refuse_useless([
         (flags[name].name, getattr(args, name), "does nothing beside --sweep, which varies it")])
     return name, rows

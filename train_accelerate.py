@@ -121,7 +121,8 @@ def main(args):
     fit_to_data(args, data, held, vae, folder, accelerator)
 
     # The network, its moving average (EMA), which samples better, and the process that adds noise.
-    network = build_network(args, vae, init=None if step_folders(folder) else args.init).to(device)
+    init = None if own_checkpoints(folder) else args.init
+    network = build_network(args, vae, init).to(device)
     ema = copy.deepcopy(network).eval().requires_grad_(False)
     diffusion = create_process(args.objective, time_sampling=args.time_sampling)
     ema.metadata = describe(args, data, vae, diffusion)
@@ -464,7 +465,7 @@ def fit_to_data(args, data, held, vae, folder, accelerator):
     if args.gradient_accumulation_steps == AUTO and configured > 1:
         args.gradient_accumulation_steps = configured
     # What auto has found is kept when the run is resumed.
-    if args.gradient_accumulation_steps == AUTO and step_folders(folder):
+    if args.gradient_accumulation_steps == AUTO and own_checkpoints(folder):
         recorded = read_json(folder / "config.json")
         args.gradient_accumulation_steps = recorded.get("gradient_accumulation_steps", AUTO)
     accelerator.gradient_accumulation_steps = max(1, args.gradient_accumulation_steps)
@@ -1052,6 +1053,11 @@ def run_folder(args, data):
     return folder
 
 
+def own_checkpoints(folder):
+    """A run's checkpoints under the trainer's names: a copy such as 2000 is somebody's own."""
+    return step_folders(folder, STEP)
+
+
 class Checkpoints:
     """Save and resume all that a run remembers, in checkpoints/STEP of its folder:
 
@@ -1110,9 +1116,7 @@ class Checkpoints:
                 remove_folder(final)
                 os.replace(new, final)
                 dit.sync_folder(final.parent)
-                # A copy of another name, such as 2000, is somebody's own.
-                own = [old for old in step_folders(self.folder) if re.fullmatch(STEP, old.name)]
-                for old in own[: -self.keep]:
+                for old in own_checkpoints(self.folder)[: -self.keep]:
                     remove_folder(old)
         except InputError as error:
             shutil.rmtree(new, ignore_errors=True)
@@ -1144,7 +1148,7 @@ class Checkpoints:
         """The name of the newest checkpoint that is as written; newer ones are set aside."""
         # The newest first: what is damaged, with the reason, until one is as it was written.
         damaged, found = {}, None
-        for path in reversed(step_folders(self.folder)):
+        for path in reversed(own_checkpoints(self.folder)):
             try:
                 files = read_json(path / "state.json")["fingerprints"]
                 wrong = [name for name, value in files.items() if fingerprint(path / name) != value]
@@ -1168,7 +1172,7 @@ class Checkpoints:
 
     def last_good(self):
         """Words for an error message: where the last checkpoint is."""
-        found = step_folders(self.folder)
+        found = own_checkpoints(self.folder)
         return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint is saved yet"
 
 
@@ -1737,7 +1741,7 @@ def start_tracker(folder, settings, accelerator):
     accelerator.project_configuration.logging_dir = str(folder)
     shown = {name: str(value) for name, value in settings.items()}
     # A resumed run is the same run there, without the points after its checkpoint.
-    saved = step_folders(folder)
+    saved = own_checkpoints(folder)
     begun = read_json(folder / "config.json") if saved else {}
     settings["tracker_run"] = begun.get("tracker_run") or secrets.token_hex(8)
     options = dict(
@@ -1764,7 +1768,7 @@ def claim(lock, folder, settings):
         except Timeout as error:
             reason = f"another process trains in {folder}: give this run another --run-name"
             raise InputError(reason) from error
-    if (folder / "config.json").exists() and step_folders(folder):
+    if (folder / "config.json").exists() and own_checkpoints(folder):
         check_settings(folder, json.loads(json.dumps(settings)))
     remove_leftovers(folder, RUN_LEFTOVERS)
     remove_leftovers(folder / "samples", SAMPLE_LEFTOVERS)

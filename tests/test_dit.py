@@ -592,25 +592,23 @@ def test_files_of_other_kinds_are_told(tmp_path):
 
 
 def test_a_run_gives_its_newest_whole_checkpoint(tiny, tmp_path, capsys):
-    folders = {step: tmp_path / "checkpoints" / f"{step:07d}"
-               for step in (9_000_000, 9_999_999, 20_000_000)}  # in numbers, not in letters
-    for step, folder in folders.items():
-        save_checkpoint(folder / "ema.safetensors", tiny, step=step)
-    (tmp_path / "checkpoints" / ".30000000.tmp").mkdir()
-    shutil.copytree(folders[9_000_000], tmp_path / "checkpoints" / "30000000-copy")
-    (tmp_path / "checkpoints" / "40000000").symlink_to(folders[9_000_000])  # of another step
+    for step in (900, 1000, 20000):  # in numbers, not in letters
+        save_checkpoint(tmp_path / "checkpoints" / str(step) / "ema.safetensors", tiny, step=step)
+    (tmp_path / "checkpoints" / ".30000.tmp").mkdir()
+    shutil.copytree(tmp_path / "checkpoints" / "900", tmp_path / "checkpoints" / "30000-copy")
+    (tmp_path / "checkpoints" / "40000").symlink_to("900")  # of another step
     (tmp_path / "config.json").write_text("{}")
-    assert load_checkpoint(tmp_path).metadata == dict(step=20_000_000)
-    assert load_checkpoint(folders[9_000_000]).metadata == dict(step=9_000_000)
+    assert load_checkpoint(tmp_path).metadata == dict(step=20000)
+    assert load_checkpoint(tmp_path / "checkpoints" / "900").metadata == dict(step=900)
     assert capsys.readouterr().err == ""
-    damage(folders[20_000_000] / "ema.safetensors", "middle")
-    assert load_checkpoint(tmp_path).metadata == dict(step=9_999_999)
+    damage(tmp_path / "checkpoints" / "20000" / "ema.safetensors", "middle")
+    assert load_checkpoint(tmp_path).metadata == dict(step=1000)
     said = capsys.readouterr().err
-    assert "20000000" in said and "damaged" in said and "before" in said
+    assert "20000" in said and "damaged" in said and "before" in said
     assert len(said.splitlines()) == 1
-    for folder in folders.values():
-        (folder / "ema.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match="9000000"):
+    for step in (900, 1000):
+        (tmp_path / "checkpoints" / str(step) / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="900"):
         load_checkpoint(tmp_path)
 
 

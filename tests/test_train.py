@@ -661,7 +661,8 @@ def filled(*flags):
 
 
 @pytest.mark.parametrize(("flags", "expected"), [
-    ([], dict(model="DiT-Ti/2", image_size=8, vae="none", lr=4e-3, max_steps=1000)),
+    ([], dict(model="DiT-Ti/2", image_size=8, vae="none", lr=4e-3, ema_decay=0.995,
+              max_steps=1000)),
     (["--data-path", "x"], dict(model="DiT-XL/2", image_size=256, vae="ema", lr=1e-4, epochs=1400)),
     (["--data-path", "x", "--model", "DiT-Ti/2"],
      dict(image_size=256, vae="ema", lr=4e-3, max_steps=600, epochs=None, grad_clip=1.0)),
@@ -765,7 +766,7 @@ def test_only_names_of_its_own_are_removed_from_a_cache(tmp_path, shelf, small_s
 def test_only_names_of_its_own_are_removed_from_a_run(tmp_path, whole_run, capfd):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
-    for name in ("0000002-keep", "1-best-so-far", "best"):
+    for name in ("0000002-keep", "1-best-so-far", "best", "4"):
         shutil.copytree(run / "checkpoints" / "0000006", run / "checkpoints" / name)
     (run / "checkpoints" / "0000099").symlink_to("best")
     theirs = grow(run, ".tmp_drawings/1.txt", ".notes.tmp.txt", "samples/.0000004.png.tmp",
@@ -774,7 +775,7 @@ def test_only_names_of_its_own_are_removed_from_a_run(tmp_path, whole_run, capfd
                 "samples/.0000004.png.123.tmp.png", "checkpoints/.0000006.tmp/.tmpTYjvfW",
                 "checkpoints/.damaged-0000006.old.tmp/optimizer.pt")
     train(tmp_path, "--max-steps", 10, "--keep-checkpoints", 1)
-    kept = {"0000010", "0000002-keep", "1-best-so-far", "best", ".mine.tmp", "0000099"}
+    kept = {"0000010", "0000002-keep", "1-best-so-far", "best", "4", ".mine.tmp", "0000099"}
     assert set(checkpoints(run)) == kept and "damaged" not in capfd.readouterr().err
     assert {path: path.read_text() for path in theirs} == theirs
     assert not [path for path in left if path.exists() or path.parent.name.endswith(".tmp")
